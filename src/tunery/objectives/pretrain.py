@@ -1,0 +1,35 @@
+"""Continued pretraining: next-token prediction on plain text, every token trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor
+
+from tunery.config import KindConfig
+from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
+
+
+class Config(KindConfig):
+    kind: str = "pretrain"
+    append_eos: bool = Field(True, description="end each document with the end-of-sequence token")
+
+
+class Objective:
+    """L = sum_t -log p(x_t | x_<t) over raw text. Documents longer than data.max_length are cut into consecutive
+    sequences, so no token is lost."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
+        return template.encode_texts(examples, append_eos=self.config.append_eos)
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch.weights_T.sum()
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        nll = policy.nll(batch)
+        return Loss(nll, {"loss": (nll.detach(), batch.weights_T.sum())})

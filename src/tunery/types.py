@@ -1,0 +1,194 @@
+"""The nouns. Data flows down this line and never back:
+
+    row -> Example -> [Tokens] -> Batch -> Objective(policy) -> Loss(sum)
+
+Shape legend, used as suffixes in names everywhere:
+    T  tokens of one packed stream        R  sequences in it
+    N  labelled rows (weight not 0)       V  vocabulary        H  hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One function call by the assistant. `arguments` is the parsed JSON object."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `role` is one of ROLES. `weight` scales the loss of an assistant turn (None means 1; 0 means
+    shown, not trained) and is meaningless for other roles. `reasoning` is the thinking that precedes `content`."""
+
+    role: str
+    content: str
+    weight: float | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning: str | None = None
+
+
+@dataclass(slots=True)
+class Example:
+    """One row of data before tokenising: a conversation, or raw `text` (pretraining), never both.
+
+    `rejected` holds the worse final turn(s) of a preference pair (then `messages` ends with the chosen ones),
+    `label` a thumbs up or down, `meta` where the row came from: {"file": str, "row": int (1-based)}."""
+
+    messages: list[Message] = field(default_factory=list)
+    text: str | None = None
+    rejected: list[Message] | None = None
+    label: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    media: list[Any] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that cannot be used. `reason` is a short fixed phrase to count by ("no assistant turn"),
+    `detail` is for this row alone."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Tokens:
+    """One sequence, unshifted. `ids` int32 [T]; `weights` float32 [T], the loss weight of each token *as a target*
+    (0 = not trained). `extra`: further arrays [T], and `truncated` (True when something was cut to fit)."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labelled(self) -> int:
+        """Number of trained targets. The first token of a sequence has nothing before it to be predicted from."""
+        return int(np.count_nonzero(self.weights[1:]))
+
+
+@dataclass(slots=True)
+class Batch:
+    """ONE packed stream of whole sequences, already shifted: position t predicts `targets_T[t]`, and the last
+    position of each sequence (which would predict the neighbour's first token) has weight 0.
+
+    `ids_T`, `targets_T` int64; `weights_T` float32; `positions_T` int64, restarting at 0 in each sequence;
+    `cu_seqlens` int32 [R + 1], cumulative lengths; `max_seqlen` the longest sequence; `rows` the example number of
+    each sequence (for messages to people); `extra` what an objective wants carried along."""
+
+    ids_T: Tensor
+    targets_T: Tensor
+    weights_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    rows: list[int] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.ids_T.shape[0])
+
+    @property
+    def n_sequences(self) -> int:
+        return int(self.cu_seqlens.shape[0]) - 1
+
+    def to(self, device: torch.device | str) -> Batch:
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if hasattr(value, "to") else value
+
+        return Batch(
+            ids_T=move(self.ids_T),
+            targets_T=move(self.targets_T),
+            weights_T=move(self.weights_T),
+            positions_T=move(self.positions_T),
+            cu_seqlens=move(self.cu_seqlens),
+            max_seqlen=self.max_seqlen,
+            rows=self.rows,
+            extra={name: move(value) for name, value in self.extra.items()},
+        )
+
+
+@dataclass(slots=True)
+class Loss:
+    """`sum`: scalar tensor with a gradient, a SUM over the batch and never a mean. `metrics`: name -> (sum, weight),
+    both detached, so that reducing them over micro-batches and ranks is exact."""
+
+    sum: Tensor
+    metrics: dict[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Completion:
+    """What a generator made of one request. `finish` is "stop" (an end token) or "length"."""
+
+    index: int
+    ids: list[int]
+    text: str
+    finish: str
+    message: Message | None = None
+
+
+class Template(Protocol):
+    """Messages to tokens and back. See data/template.py."""
+
+    def encode(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, train: str = "answers"
+    ) -> list[Tokens]: ...
+
+    def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]: ...
+
+    def parse(self, ids: Sequence[int]) -> Message: ...
+
+
+class Policy(Protocol):
+    """The model as an objective may see it. See policy.py."""
+
+    def nll(self, batch: Batch) -> Tensor:
+        """sum_t weights_T[t] * -log p(targets_T[t] | before), a scalar; its gradient is made in the forward."""
+        ...
+
+    def logps(self, batch: Batch) -> Tensor:
+        """log p of each target, float32 [T]; 0 where the weight is 0. Takes any upstream gradient."""
+        ...
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """`logps` of the policy as it stood at the start, without gradient."""
+        ...
+
+
+class Objective(Protocol):
+    """One file in objectives/ each: a `Config` and a class `Objective(config)` with these methods."""
+
+    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
+        """Each example's sequences, which will share a stream, or why it cannot be used."""
+        ...
+
+    def weight(self, batch: Batch) -> Tensor:
+        """This batch's share of the optimizer step (labelled weight, or pairs), from data alone: a scalar."""
+        ...
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """The loss summed over the batch. The engine divides once by the step's total weight."""
+        ...
