@@ -20,7 +20,7 @@ class Config(KindConfig):
 
 
 class Objective:
-    """L = sum_t w_t * -log p(y_t | y_<t); w_t = 0 outside the answers (Ouyang et al., arXiv:2203.02155, section 3.5)."""
+    """L = sum_t w_t * -log p(y_t | y_<t), with w_t = 0 outside the answers (Ouyang et al., arXiv:2203.02155)."""
 
     def __init__(self, config: Config):
         self.config = config
