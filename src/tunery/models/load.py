@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from tunery.config import Config
+from tunery.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ModelConfig(Config):
@@ -15,13 +22,84 @@ class ModelConfig(Config):
     name: str = Field("builtin:tiny", description="builtin:tiny, a folder, or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit of a hub name")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto",
-        description="of the frozen weights and the arithmetic; auto is bfloat16 where that is fast, else float32",
+        "auto", description="of frozen weights and arithmetic; auto: bfloat16 where that is fast, else float32"
     )
-    attention: str = Field("auto", description="auto, or one of the back ends in models/attention.py")
+    attention: str = Field("auto", description="auto (our packed hook), or an implementation of transformers, e.g. eager")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     random_init: bool = Field(False, description="random weights from config.json: for pretraining and benchmarks")
-    init_from: str | None = Field(None, description="start from this adapter or weights folder, with a fresh optimizer")
+    init_from: str | None = Field(
+        None, description="start from this adapter or weights folder, with a fresh optimizer (not a resume)"
+    )
 
 
 ModelField = Annotated[ModelConfig, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)]
+
+
+def resolve_name(name: str) -> str:
+    """What `from_pretrained` takes: the packaged folder for `builtin:...`, the name itself otherwise.
+    Raises ModelError for an unknown built-in or something that is meant as a folder and does not exist."""
+    if name.startswith("builtin:"):
+        folder = Path(__file__).resolve().parents[1] / "assets" / name.removeprefix("builtin:")
+        if not (folder / "config.json").is_file():
+            known = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
+            raise ModelError(f"{name}: no such built-in model (there are: {', '.join('builtin:' + k for k in known)})")
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.parent.is_dir() and "/" in name
+    if looks_local:
+        siblings = [p.name for p in path.parent.glob("*/")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ModelError(f"model {name!r}: no such folder{hint}")
+    return name
+
+
+def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
+    folder = resolve_name(model.name)
+    try:
+        return cls.from_pretrained(
+            folder, revision=model.revision or "main", trust_remote_code=model.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        where = f"model {model.name!r}"
+        if not Path(folder).is_dir():
+            where += " (not a local folder, so looked up on the hub)"
+        raise ModelError(f"{where}: {cls.__name__} cannot load it: {error}") from error
+
+
+def load_config(model: ModelConfig) -> PretrainedConfig:
+    """The model's configuration, without weights."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, model)
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer. Raises ModelError when there is none or it has no end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, model)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model {model.name!r}: its tokenizer has no end-of-sequence token, so answers could never end")
+    return tokenizer
+
+
+def load_model(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str = "sdpa"
+) -> PreTrainedModel:
+    """The causal language model in `dtype` on `device`, with one of transformers' attention implementations or ours.
+    `random_init` builds it from its config with random weights instead."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if model.random_init:
+        config = load_config(model)
+        with torch.device(device):
+            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return loaded.to(device=device, dtype=dtype)
+    loaded = _from_pretrained(AutoModelForCausalLM, model, dtype=dtype, attn_implementation=attention)
+    return loaded.to(device)

@@ -1,0 +1,109 @@
+"""Cross-entropy straight from hidden states, without ever holding the whole matrix of logits.
+
+Only labelled rows come in; they are taken in chunks, and because pretraining and SFT know every token's weight
+beforehand, the gradient is made in the forward: z = h W^T, then in place dz = w (softmax(z) - onehot(y)),
+dh = dz W, and dW += dz^T h only if the head trains. The logits of one chunk are all that is ever alive (the idea of
+Apple's Cut Cross-Entropy, arXiv:2411.09009, and Liger Kernel, arXiv:2410.10989)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = 1 << 22  # logits alive at a time: 16 MB in float32, about a core's share of cache and cheap on a GPU
+
+
+def linear_cross_entropy(
+    h_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """sum_n weights[n] * -log softmax(cap(scale * (h[n] W^T + b)))[targets[n]], a float32 (or float64) scalar.
+
+    cap(z) = softcap * tanh(z / softcap) when given (Gemma 2, arXiv:2408.00118, section 2). Matmuls run in h's dtype,
+    the softmax in float32 or wider. Zero rows give a zero that still carries (zero) gradients."""
+    return _LinearCrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, weights_N, scale, softcap)
+
+
+def reference(
+    h_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The same number the obvious way, for tests: all logits at once, gradients by autograd."""
+    logits_NV = torch.nn.functional.linear(h_NH, weight_VH.to(h_NH.dtype), bias_V)
+    logits_NV = logits_NV.to(torch.promote_types(h_NH.dtype, torch.float32)) * scale
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    nll_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    return (nll_N * weights_N).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        wide = torch.promote_types(h_NH.dtype, torch.float32)
+        train_h, train_w, train_b = ctx.needs_input_grad[:3]
+        w = weight_VH.to(h_NH.dtype)
+        chunk = max(1, CHUNK_LOGITS // w.shape[0])
+        total = torch.zeros((), dtype=wide, device=h_NH.device)
+        dh_NH = torch.empty_like(h_NH) if train_h else None
+        dw_VH = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if train_w else None
+        db_V = torch.zeros(w.shape[0], dtype=wide, device=h_NH.device) if train_b else None
+        with torch.autocast(h_NH.device.type, enabled=False):
+            for start in range(0, h_NH.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                h, y, weights = h_NH[rows], targets_N[rows, None], weights_N[rows].to(wide)
+                z = (h @ w.T).to(wide)
+                if bias_V is not None:
+                    z += bias_V
+                if scale != 1.0:
+                    z *= scale
+                if softcap is not None:
+                    z = z.div_(softcap).tanh_().mul_(softcap)
+                lse = torch.logsumexp(z, dim=-1)
+                total += ((lse - z.gather(1, y)[:, 0]) * weights).sum()
+                if not (train_h or train_w or train_b):
+                    continue
+                slope = 1.0 - (z / softcap).square() if softcap is not None else None
+                dz = z.sub_(lse[:, None]).exp_()
+                dz.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide))
+                dz *= weights[:, None] * scale
+                if slope is not None:
+                    dz *= slope
+                if db_V is not None:
+                    db_V += dz.sum(0)
+                dz = dz.to(h.dtype)
+                if dh_NH is not None:
+                    dh_NH[rows] = dz @ w
+                if dw_VH is not None:
+                    dw_VH += dz.T @ h
+        grads = (dh_NH, None if dw_VH is None else dw_VH.to(weight_VH.dtype), db_V)
+        ctx.present = [g is not None for g in grads]
+        ctx.save_for_backward(*[g for g in grads if g is not None])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [next(saved) * grad_outputs[0].to(torch.float32) if there else None for there in ctx.present]
+        return (*grads, None, None, None, None)

@@ -1,0 +1,142 @@
+"""Attention over packed streams, through ONE hook registered in transformers' AttentionInterface.
+
+The library builds no mask for a name it has no mask function for, so the sequence boundaries that policy.py passes as
+`cu_seq_lens_q` are all there is. Back ends, best first: FlashAttention where installed, torch's own variable-length
+attention on CUDA, and a loop of scaled_dot_product_attention over the sequences, which works everywhere and is the
+reference. Soft-capping (Gemma 2) and attention sinks (gpt-oss) take the explicit softmax."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "tunery"
+
+
+def register() -> str:
+    """Make the hook known to transformers; returns the name to pass as `attn_implementation`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    return NAME
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of the stream.
+
+    query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q int32 [R + 1] (None: one sequence).
+    Returns ([1, T, heads, D], None). Raises ValueError for a padded batch: there are none here."""
+    if query.shape[0] != 1 or attention_mask is not None:
+        raise ValueError("packed attention takes one unpadded stream, not a padded batch")
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
+        max_length_q = query.shape[2]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    plain = softcap is None and s_aux is None
+    if plain and dropout == 0.0 and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        fused = _fused_backend(query.shape[-1])
+        if fused is not None:
+            if max_length_q is None:
+                max_length_q = int(cu_seq_lens_q.diff().max())
+            window = (sliding_window - 1 if sliding_window else -1, 0)
+            return fused(q_THD, k_THD, v_THD, cu_seq_lens_q, max_length_q, scale, window)[None], None
+    bounds = cu_seq_lens_q.tolist()
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # repeated once for the whole stream: per-sequence grouped attention is slower on a CPU
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    pieces = [
+        _one_sequence(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale, dropout,
+            sliding_window, softcap, s_aux,
+        )
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        if end > start
+    ]  # fmt: skip
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _one_sequence(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[1, heads, S, D] each -> [1, heads, S, D]."""
+    length = q.shape[2]
+    windowed = window is not None and window < length
+    if softcap is None and sinks is None and not windowed:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if windowed:
+        assert window is not None
+        seen = seen.triu(1 - window)
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scale)
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is not None:  # one learned extra logit a head, which takes probability and gives nothing
+        sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        probs = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=wide)[..., :-1]
+    else:
+        probs = torch.softmax(scores, dim=-1, dtype=wide)
+    return F.dropout(probs.to(q.dtype), dropout) @ v
+
+
+@lru_cache
+def _fused_backend(head_dim: int) -> Any | None:
+    """A function (q, k, v [T, heads, D], cu_seqlens, max_seqlen, scale, window) -> [T, heads, D], or None."""
+    if head_dim > 256 or head_dim % 8:
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+        def flash(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, window: tuple) -> Tensor:
+            return flash_attn_varlen_func(
+                q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=window
+            )
+
+        return flash
+    except ImportError:
+        pass
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = inspect.signature(varlen_attn).parameters
+    if "scale" not in parameters or "window_size" not in parameters:
+        return None
+    grouped = "enable_gqa" in parameters
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, window: tuple) -> Tensor:
+        options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+        if not grouped and q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        result = varlen_attn(
+            q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest,
+            scale=scale, window_size=window, **options,
+        )  # fmt: skip
+        return result[0] if isinstance(result, tuple) else result
+
+    return varlen
