@@ -1,0 +1,42 @@
+"""What every generator offers: requests in, completions out, under one `Sampling`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from tunery.config import Config
+from tunery.types import Completion, Message
+
+
+class Sampling(Config):
+    """How the next token is chosen. The default, temperature 0, is greedy and needs no seed."""
+
+    max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; 1 samples the model as it is")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens that hold this probability")
+    top_k: int = Field(0, ge=0, description="sample among this many likeliest tokens; 0: all")
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1 makes tokens already seen less likely")
+    stop: list[str] = Field([], description="texts that end the answer; not part of it")
+    seed: int = Field(42, ge=0, description="of the sampling; the same seed gives the same answers")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to answer: a conversation (with the tools offered), or the prompt's token `ids` themselves."""
+
+    messages: Sequence[Message] = ()
+    tools: list[dict[str, Any]] | None = None
+    ids: Sequence[int] | None = None
+
+
+class Generator(Protocol):
+    """Answers requests."""
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        """One Completion for each request, in the order they finish; `Completion.index` is the request's number.
+        A request's answer depends on the request, its number and the sampling, not on its neighbours in a batch."""
+        ...

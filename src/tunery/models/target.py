@@ -1,0 +1,233 @@
+"""What a person points at when they want to use a result: TARGET = run, checkpoint, adapter or model folder, hub name,
+or builtin:tiny."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunery.errors import ModelError
+from tunery.models.load import ModelConfig, load_model, load_tokenizer, resolve_name
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["run", "checkpoint", "adapter", "model"]
+JOB = "tunery.yaml"
+ADAPTER = "adapter_config.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A target, found but not loaded. `base` is the model to load, `adapter` the folder of the adapter on top of it
+    (None for a whole model), `tokenizer` the folder or name the tokenizer comes from, `template` the name of its
+    chat template for `load_template`, `name` what the person wrote."""
+
+    name: str
+    kind: Kind
+    base: ModelConfig
+    adapter: Path | None
+    tokenizer: str
+    template: str
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A target in memory: the model (wrapped by PEFT where there is an adapter; in evaluation mode), its tokenizer and
+    its chat template."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    template: Any
+    target: Target
+
+
+# ---------------------------------------------------------------- finding
+
+
+def resolve_target(target: str | Path) -> Target:
+    """What `target` is and where its parts lie; loads nothing.
+
+    Raises ModelError for a folder that does not exist (naming the nearest), a run that has no finished model yet
+    (naming its checkpoints), and an adapter that names no base or one that cannot be found."""
+    name = str(target)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _not_a_folder(name)
+        if folder is None:
+            return Target(name, "model", ModelConfig(name=name), None, name, "auto")
+    job = _job(folder)
+    kind: Kind = _kind(folder, job)
+    if (folder / ADAPTER).is_file():
+        base = _base_of(folder, job)
+        tokenizer = str(folder) if _has_tokenizer(folder) else base.name
+        return Target(name, kind, base, folder, tokenizer, _template(folder, job))
+    if not (folder / "config.json").is_file() or not _has_weights(folder):
+        raise ModelError(_nothing_here(folder, job))
+    trust = bool(job and job["model"].get("trust_remote_code"))
+    base = ModelConfig(name=str(folder), trust_remote_code=trust)
+    tokenizer = str(folder)
+    if not _has_tokenizer(folder):
+        if not job:
+            raise ModelError(f"{folder}: a model without tokenizer files; copy them from the model it was made from")
+        tokenizer = job["model"]["name"]
+    return Target(name, kind, base, None, tokenizer, _template(folder, job))
+
+
+def _not_a_folder(name: str) -> Path | None:
+    """None for a model's name; the downloaded folder for an adapter on the hub. Raises for a mistyped path."""
+    if Path(name).expanduser().is_file():
+        raise ModelError(f"{name}: is a file; give the folder it lies in")
+    siblings = [path.name for path in Path(name).expanduser().parent.glob("*/")] if not name.count(":") else []
+    near = difflib.get_close_matches(Path(name).name, siblings, n=1, cutoff=0.8)
+    if near:
+        raise ModelError(f"{name}: no such folder; did you mean {Path(name).parent / near[0]}?")
+    if resolve_name(name) != name:  # built in
+        return None
+    from huggingface_hub import snapshot_download
+    from transformers.utils import cached_file
+
+    if cached_file(name, ADAPTER, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
+                   _raise_exceptions_for_connection_errors=False) is None:  # fmt: skip
+        return None
+    return Path(snapshot_download(name))
+
+
+def _job(folder: Path) -> dict[str, Any] | None:
+    """The resolved configuration of the run that `folder` is, or is a checkpoint of."""
+    from tunery.config import read_config
+
+    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        if (place / JOB).is_file():
+            return read_config(place / JOB)
+    return None
+
+
+def _kind(folder: Path, job: dict[str, Any] | None) -> Kind:
+    if job:
+        return "checkpoint" if folder.name.startswith("checkpoint-") else "run"
+    return "adapter" if (folder / ADAPTER).is_file() else "model"
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def _template(folder: Path, job: dict[str, Any] | None) -> str:
+    """The saved tokenizer carries the template trained with; a run without one in its tokenizer used the job's."""
+    if job is None or (folder / "chat_template.jinja").is_file():
+        return "auto"
+    return str(job.get("data", {}).get("template", "auto"))
+
+
+def _nothing_here(folder: Path, job: dict[str, Any] | None) -> str:
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    if job or checkpoints:
+        what = f"{folder}: this run has no finished model yet"
+        if not checkpoints:
+            return f"{what} and no checkpoint; train it to the end first"
+        return f"{what}; use one of its checkpoints ({', '.join(str(c) for c in checkpoints)}) or train it to the end"
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    return f"{folder}: neither an adapter nor a model: no {ADAPTER}, no config.json with weights (it holds: {found})"
+
+
+def _base_of(folder: Path, job: dict[str, Any] | None) -> ModelConfig:
+    """The base of an adapter: as the job that trained it says, else as the adapter itself says."""
+    if job:
+        model = job["model"]
+        model = {"name": model} if isinstance(model, str) else model
+        base = ModelConfig(
+            name=model.get("name", "builtin:tiny"),
+            revision=model.get("revision"),
+            dtype=model.get("dtype", "auto"),
+            trust_remote_code=model.get("trust_remote_code", False),
+        )
+    else:
+        values = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        if not values.get("base_model_name_or_path"):
+            raise ModelError(f"{folder / ADAPTER}: names no base model; fill in base_model_name_or_path")
+        base = ModelConfig(name=values["base_model_name_or_path"], revision=values.get("revision"))
+    try:
+        resolve_name(base.name)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder}: its base model cannot be found: {error}. If it was moved, put the new path in "
+            f"{JOB + ' (model.name)' if job else ADAPTER + ' (base_model_name_or_path)'}"
+        ) from None
+    return base
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_target(
+    target: str | Path | Target, *, dtype: str | torch.dtype = "auto", device: str = "auto", template: str | None = None
+) -> Loaded:
+    """The target in memory, ready to generate. `dtype` "auto" is bfloat16 on a GPU that has it, else float32;
+    `device` "auto" is the GPU where there is one. `template` replaces the one trained with.
+    Raises ModelError, also where an adapter does not fit its base."""
+    from tunery.data.template import load_template
+
+    found = target if isinstance(target, Target) else resolve_target(target)
+    where = pick_device(device)
+    tokenizer = load_tokenizer(ModelConfig(name=found.tokenizer, trust_remote_code=found.base.trust_remote_code))
+    chat = load_template(template or found.template, tokenizer)
+    model = load_model(found.base, pick_dtype(dtype, where), where)
+    if found.adapter is not None:
+        model = load_adapter(model, found.adapter)
+    return Loaded(model.eval(), tokenizer, chat, found)
+
+
+def pick_device(device: str = "auto") -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """"auto" is bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, dtype)
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """`model` wrapped by the PEFT adapter in `folder`, not merged. Every tensor of the file must have its place in
+    the model and every adapter parameter its tensor in the file; PEFT by itself only warns."""
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict, load_peft_weights
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{folder}: this adapter does not fit the base model: {_short(error)}") from error
+    saved = set(load_peft_weights(str(folder), device="cpu"))
+    own = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    missing, extra = own - saved, saved - own - set(wrapped.state_dict())
+    if missing or extra:
+        raise ModelError(
+            f"{folder}: this adapter does not fit the base model: {len(missing)} of the adapter's tensors are not in the "
+            f"file, {len(extra)} in the file have no place (for example {sorted(missing | extra)[0]})"
+        )
+    return wrapped
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) + (f" (and {len(lines) - 2} more lines)" if len(lines) > 2 else "")
