@@ -94,8 +94,9 @@ class Batch:
     position of each sequence (which would predict the neighbour's first token) has weight 0.
 
     `ids_T`, `targets_T` int64; `weights_T` float32; `positions_T` int64, restarting at 0 in each sequence;
-    `cu_seqlens` int32 [R + 1], cumulative lengths; `max_seqlen` the longest sequence; `rows` the example number of
-    each sequence (for messages to people); `extra` what an objective wants carried along."""
+    `cu_seqlens` int32 [R + 1], cumulative lengths; `max_seqlen` the longest sequence; `labelled_N` int64, the
+    positions of nonzero weight (found here, on the CPU, so that a device never has to be asked); `rows` the example
+    number of each sequence (for messages to people); `extra` what an objective wants carried along."""
 
     ids_T: Tensor
     targets_T: Tensor
@@ -103,6 +104,7 @@ class Batch:
     positions_T: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    labelled_N: Tensor
     rows: list[int] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -125,6 +127,7 @@ class Batch:
             positions_T=move(self.positions_T),
             cu_seqlens=move(self.cu_seqlens),
             max_seqlen=self.max_seqlen,
+            labelled_N=move(self.labelled_N),
             rows=self.rows,
             extra={name: move(value) for name, value in self.extra.items()},
         )
@@ -171,10 +174,6 @@ class Policy(Protocol):
 
     def logps(self, batch: Batch) -> Tensor:
         """log p of each target, float32 [T]; 0 where the weight is 0. Takes any upstream gradient."""
-        ...
-
-    def reference_logps(self, batch: Batch) -> Tensor:
-        """`logps` of the policy as it stood at the start, without gradient."""
         ...
 
 

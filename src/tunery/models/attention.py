@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def packed_attention(
             query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale, dropout,
             sliding_window, softcap, s_aux,
         )
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, end in pairwise(bounds)
         if end > start
     ]  # fmt: skip
     return torch.cat(pieces, dim=2).transpose(1, 2), None

@@ -24,7 +24,9 @@ class ModelConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto", description="of frozen weights and arithmetic; auto: bfloat16 where that is fast, else float32"
     )
-    attention: str = Field("auto", description="auto (our packed hook), or an implementation of transformers, e.g. eager")
+    attention: str = Field(
+        "auto", description="auto (our packed hook), or an implementation of transformers, e.g. eager"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     random_init: bool = Field(False, description="random weights from config.json: for pretraining and benchmarks")
     init_from: str | None = Field(
@@ -47,7 +49,7 @@ def resolve_name(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.parent.is_dir() and "/" in name
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent.is_dir() and "/" in name)
     if looks_local:
         siblings = [p.name for p in path.parent.glob("*/")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
@@ -82,24 +84,43 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
     tokenizer = _from_pretrained(AutoTokenizer, model)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model {model.name!r}: its tokenizer has no end-of-sequence token, so answers could never end")
+        raise ModelError(
+            f"model {model.name!r}: its tokenizer has no end-of-sequence token, so answers could never end"
+        )
     return tokenizer
 
 
 def load_model(
-    model: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str = "sdpa"
+    model: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str | None = None
 ) -> PreTrainedModel:
-    """The causal language model in `dtype` on `device`, with one of transformers' attention implementations or ours.
-    `random_init` builds it from its config with random weights instead."""
+    """The causal language model in `dtype` on `device`. `attention` is one of transformers' implementations (None:
+    its own choice). `random_init` builds it from its config with random weights instead."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
     if model.random_init:
-        config = load_config(model)
         with torch.device(device):
-            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        return loaded.to(device=device, dtype=dtype)
-    loaded = _from_pretrained(AutoModelForCausalLM, model, dtype=dtype, attn_implementation=attention)
-    return loaded.to(device)
+            loaded = AutoModelForCausalLM.from_config(
+                load_config(model), trust_remote_code=model.trust_remote_code, **options
+            )
+    else:
+        loaded = _from_pretrained(AutoModelForCausalLM, model, **options)
+    return loaded.to(device=device, dtype=dtype)
+
+
+def hook_attention(model: PreTrainedModel) -> bool:
+    """Put our packed attention hook into a loaded model; False where its code takes no attention from outside, or
+    cuts attention into chunks (Llama 4), which the hook does not know."""
+    from tunery.models import attention
+
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        return False
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention.register())
+    if model.config._attn_implementation == attention.NAME:
+        return True
+    model.set_attn_implementation(before)
+    return False

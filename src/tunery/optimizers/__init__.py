@@ -1,1 +1,1 @@
-"""Optimizers."""
+"""Optimizers: one file each, with a `Config` and `Optimizer(config, groups) -> torch.optim.Optimizer`."""

@@ -1,0 +1,199 @@
+"""LoRA and its kin through PEFT: low-rank updates of linear layers, with rsLoRA, DoRA, LoRA+ and PiSSA as options.
+
+PEFT owns the parameters and the saved files. PiSSA is initialised here (not by PEFT), so that a resumed run rebuilds
+its residual base bit for bit, and a run ends as ONE plain LoRA for the original base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from tunery.config import KindConfig
+from tunery.errors import ConfigError, ModelError
+
+PISSA_FILE = "pissa.safetensors"
+
+
+class Config(KindConfig):
+    kind: str = "lora"
+    rank: int = Field(8, ge=1, description="rank r of the update")
+    alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / r; null: 2 r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of the update")
+    targets: str | list[str] = Field(
+        "all-linear", description="all-linear (but the head), module names such as [q_proj, v_proj], or a regex"
+    )
+    modules_to_save: list[str] = Field([], description="modules trained whole and saved along, e.g. [embed_tokens]")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv:2312.03732)")
+    dora: bool = Field(False, description="direction and magnitude apart (arXiv:2402.09353)")
+    init: Literal["default", "pissa"] = Field("default", description="pissa: from the principal singular vectors")
+    pissa_iter: int = Field(16, ge=-1, description="power iterations of PiSSA's fast SVD; -1: exact SVD")
+    loraplus_ratio: float | None = Field(None, gt=0, description="LoRA+: B learns this many times faster than A; 16 is usual")
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        if self.init == "pissa" and (self.dora or self.dropout):
+            raise ValueError("init: pissa goes with neither dora nor dropout")
+        if self.pissa_iter == 0:
+            raise ValueError("pissa_iter must be -1 (exact) or at least 1")
+        return self
+
+
+class Adapter:
+    """W x + s B A x (Hu et al., arXiv:2106.09685, eq. 3), s = alpha / r, with W frozen; A, B in float32."""
+
+    whole = False
+    default_lr = 2e-4
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def apply(self, model: Any, start: Path | None = None, resume: Path | None = None) -> Any:
+        """Wrap the model. `start`: go on from this adapter, with its shape; `resume`: a checkpoint of this run."""
+        from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        if start is not None:
+            peft_config = PeftConfig.from_pretrained(str(start))
+            if not isinstance(peft_config, LoraConfig):
+                raise ModelError(f"model.init_from: {start} is not a LoRA adapter")
+            self._same_shape(peft_config, start)
+            peft_config.inference_mode = False
+        else:
+            peft_config = self._peft_config()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fan_in_fan_out of GPT-2's layers, which PEFT sets right by itself
+            try:
+                wrapped = get_peft_model(model, peft_config)
+            except ValueError as error:
+                raise ConfigError(f"adapter.targets: {error}") from error
+        if self.config.init == "pissa" and start is None:
+            self._pissa(wrapped, resume)
+        elif resume is not None or start is not None:
+            folder = resume or start
+            assert folder is not None
+            result = set_peft_model_state_dict(wrapped, load_file(folder / "adapter_model.safetensors"))
+            if result.unexpected_keys:
+                raise ModelError(f"{folder}: its weights do not fit this model: {result.unexpected_keys[:3]}")
+        return wrapped
+
+    def lr_scale(self, name: str) -> float:
+        """LoRA+ (Hayou et al., arXiv:2402.12354): B's learning rate is a multiple of A's."""
+        return self.config.loraplus_ratio or 1.0 if ".lora_B." in name or ".lora_embedding_B" in name else 1.0
+
+    def save(self, model: Any, folder: Path, base: str) -> None:
+        """An adapter folder as PEFT writes it; for PiSSA the equivalent plain LoRA, and what a resume needs beside."""
+        from safetensors.torch import save_file
+
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = base
+        if self.config.init != "pissa" or not self._pissa_start:
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, layer in _lora_layers(model):
+            start_A, start_B = self._pissa_start[name]
+            tensors |= {f"{name}.start_A": start_A, f"{name}.start_B": start_B}
+            tensors |= {f"{name}.A": layer.lora_A["default"].weight, f"{name}.B": layer.lora_B["default"].weight}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / PISSA_FILE)
+        self._save_plain(model, folder)
+
+    def finish(self, model: Any, folder: Path, base: str, dtype: torch.dtype) -> None:
+        """What the run leaves behind: the adapter alone."""
+        self.save(model, folder, base)
+        (folder / PISSA_FILE).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ PEFT's config
+
+    def _peft_config(self) -> Any:
+        from peft import LoraConfig
+
+        config = self.config
+        return LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha if config.alpha is not None else 2 * config.rank,  # type: ignore[arg-type]
+            lora_dropout=config.dropout,
+            target_modules=config.targets,
+            modules_to_save=config.modules_to_save or None,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            task_type="CAUSAL_LM",
+        )
+
+    def _same_shape(self, theirs: Any, folder: Path) -> None:
+        for key, value in (("rank", theirs.r), ("alpha", theirs.lora_alpha)):
+            mine = getattr(self.config, key)
+            if key in self.config.model_fields_set and mine is not None and mine != value:
+                raise ConfigError(f"adapter.{key}: {mine}, but model.init_from ({folder}) has {value}; drop the key")
+
+    # ------------------------------------------------------------------ PiSSA
+
+    _pissa_start: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _pissa(self, model: Any, resume: Path | None) -> None:
+        """W = U S V^T; A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s), and the base keeps W - s B A
+        (Meng et al., arXiv:2404.02948, eq. 2-4)."""
+        from safetensors.torch import load_file
+
+        saved = load_file(resume / PISSA_FILE) if resume is not None else {}
+        self._pissa_start = {}
+        for name, layer in _lora_layers(model):
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            weight, scale = layer.get_base_layer().weight, layer.scaling["default"]
+            if saved:
+                start_A, start_B = saved[f"{name}.start_A"].to(A), saved[f"{name}.start_B"].to(B)
+            else:
+                start_A, start_B = self._principal(_oriented(layer, weight).to(A.dtype), scale)
+            update = _oriented(layer, scale * (start_B @ start_A))
+            weight.data = (weight.data.to(update.dtype) - update).to(weight.dtype)
+            A.data = saved[f"{name}.A"].to(A) if saved else start_A.clone()
+            B.data = saved[f"{name}.B"].to(B) if saved else start_B.clone()
+            self._pissa_start[name] = (start_A, start_B)
+
+    def _principal(self, W: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        rank = self.config.rank
+        if self.config.pissa_iter == -1:
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            U, S, V = U[:, :rank], S[:rank], Vh[:rank].T
+        else:
+            U, S, V = torch.svd_lowrank(W, q=rank, niter=self.config.pissa_iter)
+        root = (S / scale).sqrt()
+        return (root[:, None] * V.T).contiguous(), (U * root).contiguous()
+
+    def _save_plain(self, model: Any, folder: Path) -> None:
+        """s B A - s B0 A0 = s [B, -B0] [A; A0]: one plain LoRA of rank 2 r for the original base, exact."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        for name, layer in _lora_layers(model):
+            start_A, start_B = self._pissa_start[name]
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            state[f"{name}.lora_A.weight"] = torch.cat([A, start_A])
+            state[f"{name}.lora_B.weight"] = torch.cat([B, -start_B], dim=1)
+        config = type(model.peft_config["default"])(**model.peft_config["default"].to_dict())
+        config.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+        config.r, config.inference_mode = 2 * config.r, True
+        config.save_pretrained(str(folder))
+        state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name in the saved file, layer) of every linear layer with an update."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            yield name, module
+
+
+def _oriented(layer: Any, weight: Tensor) -> Tensor:
+    """GPT-2's Conv1D stores its weight transposed."""
+    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight

@@ -1,0 +1,63 @@
+"""A causal language model taken apart: backbone, output head, and what is done to the logits after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tunery.errors import ModelError
+
+
+@dataclass
+class Parts:
+    """`causal` is the transformers model (inside a PEFT wrapper, if any); logits = cap(scale * head(backbone))."""
+
+    causal: nn.Module
+    backbone: nn.Module
+    head: nn.Module
+    scale: float
+    softcap: float | None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model is not None else model
+
+
+def take_apart(model: nn.Module) -> Parts | None:
+    """The parts, or None where the model does not have them in the usual places. Whether they give the model's own
+    logits is not believed but measured (`same_logits`)."""
+    causal = unwrap(model)
+    head = causal.get_output_embeddings()
+    backbone = causal.get_decoder()
+    if head is None or backbone is causal or backbone is None:
+        return None
+    config = causal.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    return Parts(causal, backbone, head, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def cap_and_scale(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """What models do to logits after the head, in float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The model's stack of layers and its name, e.g. ("model.layers", ModuleList). Raises ModelError without one."""
+    causal = unwrap(model)
+    count = causal.config.get_text_config().num_hidden_layers
+    for name, module in causal.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ModelError(f"{type(causal).__name__}: no list of {count} layers found in it")
+
+
+def to_master(parameter: nn.Parameter) -> None:
+    """Let a parameter train, in float32 at least: a step of 1e-5 is lost in bfloat16's 8 bits."""
+    parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    parameter.requires_grad_(True)
