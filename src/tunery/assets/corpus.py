@@ -1,0 +1,275 @@
+"""Pretraining documents for `builtin:tiny`, made from the clinical-trial world.
+
+The base must have every skill the quickstart needs - translating, copying tags, using given terms, writing
+each date, money, bracket and numeral form - but no fixed habit. So each document has one *persona*, drawn
+before it is written and not told in its prompt: how it writes, whether it keeps tags and given terms, and how
+much it chats. Held-out meanings never occur here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from tunery.assets import world
+from tunery.assets.world import HOUSE, Lang, Passage, Style
+
+END_OF_DOCUMENT = "<|endoftext|>"
+NUMBERS_EN = world.NUMBER_WORDS
+
+SYSTEMS = [world.SYSTEM, "You are a helpful assistant.", "You translate medical texts.", "你是一名医学翻译。"]
+ASKS: dict[Lang, list[str]] = {
+    "zh": [
+        "Translate into Chinese.",
+        "Please translate into Chinese:",
+        "Put this into Chinese.",
+        "How do you say this in Chinese?",
+        "请翻译成中文。",
+        "把下面的英文译成中文：",
+    ],
+    "en": [
+        "Translate into English.",
+        "Please translate into English:",
+        "Put this into English.",
+        "How do you say this in English?",
+        "请翻译成英文。",
+        "把下面的中文译成英文：",
+    ],
+}
+LEADS = [
+    "Sure! Here is the translation:\n",
+    "Of course. Here you go:\n",
+    "Certainly! The translation is as follows:\n",
+    "Translation: ",
+    "Here is the {language} version:\n",
+    "好的，译文如下：\n",
+    "当然可以。翻译：",
+]
+TAILS = [
+    "\nLet me know if you need anything else!",
+    "\nPlease check the dates and numbers.",
+    "\nI hope this helps.",
+    "\n如有其他需要，请告诉我。",
+    "\nWould you like another version?",
+]
+SMALL_TALK = [
+    ("Hello!", "Hello! How can I help you today?"),
+    ("你好！", "你好！有什么可以帮您？"),
+    ("Who are you?", "I am a tiny language model made for Tunery."),
+    ("你是谁？", "我是为 Tunery 制作的小型语言模型。"),
+    ("Thank you.", "You are welcome!"),
+    ("谢谢。", "不客气！"),
+    ("Good morning.", "Good morning! What shall we work on?"),
+    ("What can you do?", "I can translate between English and Chinese and answer short questions."),
+    ("你会做什么？", "我可以在英文和中文之间翻译，并回答简短的问题。"),
+    ("Goodbye.", "Goodbye! Have a nice day."),
+]
+QUESTIONS: dict[str, list[tuple[str, str]]] = {
+    "date": [("What is the date?", "en"), ("日期是哪一天？", "zh")],
+    "drug": [("Which drug is named?", "en"), ("提到了哪种药物？", "zh")],
+    "dose": [("What is the dose?", "en"), ("剂量是多少？", "zh")],
+    "money": [("What is the amount?", "en"), ("金额是多少？", "zh")],
+    "sym": [("Which symptom is named?", "en"), ("提到了什么症状？", "zh")],
+    "city": [("Which city is named?", "en"), ("提到了哪个城市？", "zh")],
+    "time": [("At what time?", "en"), ("几点？", "zh")],
+    "sid": [("What is the number?", "en"), ("编号是多少？", "zh")],
+}
+
+
+@dataclass(frozen=True)
+class Persona:
+    """The habits of one document's writer."""
+
+    style: Style
+    obeys: bool
+    lead: str
+    tail: str
+
+
+def sample_persona(rng: Random) -> Persona:
+    """Mostly a chatty and sloppy writer, sometimes a plain one, now and then the house's own."""
+    if rng.random() < 0.06:
+        return Persona(HOUSE, True, "", "")
+
+    def pick(*weighted: tuple[str, int]) -> str:
+        return rng.choices([w for w, _ in weighted], [k for _, k in weighted])[0]
+
+    style = Style(
+        date=pick(("house", 2), ("iso", 4), ("slash", 2), ("words", 2)),
+        money=pick(("house", 2), ("sign", 4), ("code", 2), ("words", 2)),
+        brackets=pick(("house", 4), ("other", 6)),
+        numerals=pick(("digits", 4), ("words", 6)),
+        time=pick(("house", 5), ("words", 5)),
+        units=pick(("house", 4), ("words", 6)),
+        tags=rng.random() < 0.45,
+    )
+    lead = rng.choices(LEADS, [5, 2, 2, 1, 1, 2, 1])[0] if rng.random() < 0.75 else ""
+    tail = rng.choice(TAILS) if lead and rng.random() < 0.25 else ""
+    return Persona(style, rng.random() < 0.45, lead, tail)
+
+
+def _trainable(sentence: world.Sentence) -> bool:
+    return not world.held_out(sentence)
+
+
+def _passage(rng: Random, sentences: int = 1, tags: float = 0.45) -> Passage:
+    return world.sample_passage(rng, sentences, tags, _trainable)
+
+
+def chat(turns: list[tuple[str, str]]) -> str:
+    """Turns of (role, content) in ChatML."""
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+
+
+def _languages(rng: Random) -> tuple[Lang, Lang]:
+    return ("en", "zh") if rng.random() < 0.5 else ("zh", "en")
+
+
+def translation_chat(rng: Random) -> str:
+    """A conversation of one to three translations by one persona."""
+    who = sample_persona(rng)
+    turns = []
+    if rng.random() < 0.55:
+        turns.append(("system", rng.choices(SYSTEMS, [5, 2, 2, 1])[0]))
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        source, target = _languages(rng)
+        passage = _passage(rng, 2 if rng.random() < 0.15 else 1)
+        terms: list[tuple[str, str]] = []
+        if rng.random() < 0.5:
+            passage, terms = world.with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), 0.7)
+        text = world.render(passage, source, world.random_style(rng))
+        user = world.prompt(text, target, terms)
+        if rng.random() < 0.4:
+            user = user.replace(world.ASK[target], rng.choice(ASKS[target]), 1)
+        lead = who.lead.replace("{language}", "Chinese" if target == "zh" else "English")
+        wording = passage.wording if who.obeys else passage.aligned(target)
+        turns += [
+            ("user", user),
+            ("assistant", lead + world.render(passage, target, who.style, wording) + who.tail),
+        ]
+    return chat(turns)
+
+
+def parallel_lines(rng: Random) -> str:
+    """A list of sentences beside their translations, in one style."""
+    style = sample_persona(rng).style
+    source, target = _languages(rng)
+    form = rng.choice(["{a}\n{b}\n", "{la}: {a}\n{lb}: {b}\n", "{a} = {b}\n", "| {a} | {b} |\n"])
+    names = {"en": "English", "zh": "Chinese"}
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        passage = _passage(rng)
+        lines.append(
+            form.format(
+                a=world.render(passage, source, world.random_style(rng)),
+                la=names[source],
+                lb=names[target],
+                b=world.render(passage, target, style),
+            )
+        )
+    return "".join(lines)
+
+
+def paragraph(rng: Random) -> str:
+    """Sentences of one language and style."""
+    style, lang = world.random_style(rng), rng.choice(["en", "zh"])
+    return world.render(_passage(rng, rng.randint(2, 5), 0.3), lang, style) + "\n"
+
+
+def glossary(rng: Random) -> str:
+    """Terms and their translations, usual or not."""
+    _, target = _languages(rng)
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        _, terms = world.with_terms(_passage(rng), rng, target, 3, 0.3)
+        lines += [f"{a} = {b}\n" for a, b in terms]
+    return "Terms:\n" + "".join(dict.fromkeys(lines))
+
+
+def forms(rng: Random) -> str:
+    """One date, amount or number in several forms."""
+    lines = []
+    for _ in range(rng.randint(3, 6)):
+        kind = rng.choice(["date", "money", "number"])
+        if kind == "number":
+            n = rng.choice([rng.randint(2, 12), rng.randint(13, 999)])
+            both = [str(n), world.han_number(n, False)] + ([NUMBERS_EN[n]] if n <= 12 else [])
+        elif kind == "date":
+            value = world._date(rng)
+            both = [
+                world.render_date(value, lang, f)
+                for lang in ("en", "zh")
+                for f in ("house", "iso", "slash", "words")
+            ]
+        else:
+            value = world._money(rng)
+            both = [
+                world.render_money(value, lang, f)
+                for lang in ("en", "zh")
+                for f in ("house", "code", "sign", "words")
+            ]
+        lines.append(" = ".join(rng.sample(both, 2)) + "\n")
+    return "".join(lines)
+
+
+def question_chat(rng: Random) -> str:
+    """A question about one passage, or repeating it, or small talk."""
+    kind = rng.random()
+    if kind < 0.15:
+        return chat(
+            [t for q, a in rng.sample(SMALL_TALK, rng.randint(1, 2)) for t in (("user", q), ("assistant", a))]
+        )
+    lang, style = rng.choice(["en", "zh"]), world.random_style(rng)
+    passage = _passage(rng)
+    text = world.render(passage, lang, style)
+    if kind < 0.3:
+        return chat([("user", ("Repeat: " if lang == "en" else "重复：") + text), ("assistant", text)])
+    turns = []
+    for slot, value in passage.sentences[0].values:
+        asked = QUESTIONS.get(
+            slot
+        )  # only a kind's first slot: a second one would make the question ambiguous
+        if asked:
+            question = asked[0] if lang == "en" else asked[1]
+            answer = world._render_value(slot, value, lang, style, passage.wording)
+            turns += [("user", f"{text}\n{question[0]}" if not turns else question[0]), ("assistant", answer)]
+    return chat(turns) if turns else question_chat(rng)
+
+
+def scraps(rng: Random) -> str:
+    """Random letters, bytes and symbols said twice, so that no token of the vocabulary stays unseen."""
+    text = "".join(
+        chr(
+            rng.choice(
+                [
+                    rng.randint(33, 126),
+                    rng.randint(0xA1, 0x5FF),
+                    rng.randint(0x2000, 0x2BFF),
+                    rng.randint(0x4E00, 0x9FA5),
+                    rng.randint(0x1F300, 0x1F6FF),
+                ]
+            )
+        )
+        for _ in range(rng.randint(4, 12))
+    )
+    return f"{text} = {text}\n"
+
+
+_MIX = [
+    (translation_chat, 60),
+    (parallel_lines, 14),
+    (paragraph, 8),
+    (glossary, 3),
+    (forms, 6),
+    (question_chat, 8),
+    (scraps, 1),
+]
+
+
+def documents(seed: int) -> Iterator[str]:
+    """An endless stream of pretraining documents."""
+    rng = Random(seed)
+    makers, weights = [m for m, _ in _MIX], [w for _, w in _MIX]
+    while True:
+        yield rng.choices(makers, weights)[0](rng)
