@@ -66,7 +66,7 @@ def load_kind(folder: str, kind: str) -> ModuleType:
             ) from error
     known = kinds(folder)
     if kind not in known:
-        raise ConfigError(f"unknown kind {kind!r}{_nearest(kind, known)} (known: {', '.join(known)})")
+        raise ConfigError(f"unknown kind {kind!r}{nearest(kind, known)} (known: {', '.join(known)})")
     return importlib.import_module(f"tunery.{folder}.{kind}")
 
 
@@ -128,7 +128,7 @@ def _describe(model: type[BaseModel], problem: Any, prefix: str) -> str:
     where = prefix + ".".join(path)
     if problem["type"] == "extra_forbidden":
         siblings = _fields_at(model, path[:-1])
-        hint = _nearest(path[-1], siblings) or _elsewhere(model, path[-1], prefix)
+        hint = nearest(path[-1], siblings) or _elsewhere(model, path[-1], prefix)
         return f"{where}: unknown key{hint}" + (f" (known: {', '.join(siblings)})" if not hint and siblings else "")
     if problem["type"] == "missing":
         return f"{where}: is required"
@@ -168,7 +168,8 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or nothing when no known word is close."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -225,7 +226,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = _nearest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
+        near = nearest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
         raise ConfigError(f"{path}: no such file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
@@ -253,7 +254,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             value = parse_yaml(text)
         except yaml.YAMLError:
             value = text
-        at = result
+        at: dict[str, Any] = result
         *parents, last = key.split(".")
         for depth, parent in enumerate(parents):
             inside = at.get(parent)

@@ -1,0 +1,367 @@
+"""LLaMA-Factory's YAML files, read as they are: every option is translated with the same meaning, ignored with a note
+because it cannot change the result here, or refused by name with the nearest thing. Where the file says nothing,
+LLaMA-Factory's defaults hold. The tables are in llamafactory_options.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import yaml
+
+from tunery.compat.llamafactory_data import data_section
+from tunery.compat.llamafactory_options import READ, REFUSED_STAGES, STAGES
+from tunery.compat.llamafactory_reader import Options
+from tunery.config import nearest
+from tunery.errors import ConfigError
+
+SECTIONS = ("model", "data", "objective", "adapter", "optimizer", "schedule", "train", "eval", "report", "output")
+MARKS = ("model_name_or_path", "stage", "finetuning_type", "export_dir", "cutoff_len", "per_device_train_batch_size")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab")
+KEEP_ALL = 1_000_000
+
+
+@dataclass(slots=True)
+class Converted:
+    """`config`: the mapping of our job file (for action "train"). `notes`: what a person should know, a sentence each.
+    `export`: for action "export", {target, base, out, dtype, shard_gb}."""
+
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    action: str = "train"
+    export: dict[str, Any] | None = None
+
+
+def is_llamafactory(values: Mapping[str, Any]) -> bool:
+    """Whether a mapping is in LLaMA-Factory's vocabulary and not in ours."""
+    return any(name in values for name in MARKS) and not any(name in values for name in SECTIONS)
+
+
+def convert(values: Mapping[str, Any], where: str = "") -> Converted:
+    """Their mapping (after command-line overrides) as ours. `where` (a file name) begins each line of an error.
+
+    Raises ConfigError with every problem at once: unknown options, values of the wrong type, refused options."""
+    options = Options(values)
+    if options("export_dir"):
+        result = Converted({}, action="export", export=_export(options))
+    else:
+        result = Converted(_job(options))
+    if options.problems:
+        prefix = f"{where}: " if where else ""
+        raise ConfigError("\n".join(prefix + line for line in dict.fromkeys(options.problems)))
+    result.notes = list(dict.fromkeys(options.notes))
+    return result
+
+
+def to_yaml(converted: Converted) -> str:
+    """Our job file as text, with the notes as comments above; for an export file, the command that does it."""
+    lines = [f"# {note}" for note in converted.notes]
+    if converted.export is not None:
+        return "\n".join([*lines, f"# tunery export {converted.export['target']} {converted.export['out']}"]) + "\n"
+    text = yaml.safe_dump(converted.config, sort_keys=False, allow_unicode=True, width=120)
+    return "\n".join([*lines, text])
+
+
+# ---------------------------------------------------------------- section by section
+
+
+def _job(o: Options) -> dict[str, Any]:
+    _check_stage(o)
+    config = {
+        "model": _model(o),
+        "data": data_section(o),
+        "objective": _objective(o),
+        "adapter": _adapter(o),
+        "optimizer": _optimizer(o),
+        "schedule": _schedule(o),
+        "train": _train(o),
+        "eval": _eval(o),
+        "report": _report(o),
+        "output": o("output_dir") or "trainer_output",
+    }
+    return {name: section for name, section in config.items() if section != {}}
+
+
+def _check_stage(o: Options) -> None:
+    stage = o("stage")
+    if stage in REFUSED_STAGES:
+        o.problems.append(f"stage: {stage!r}: {REFUSED_STAGES[stage]}")
+    elif stage not in STAGES:
+        o.problems.append(f"stage: unknown stage {stage!r}{nearest(stage, [*STAGES, *REFUSED_STAGES])}")
+    if o("do_train") is None:
+        if o("do_eval") or o("do_predict"):
+            o.problems.append("do_train: is missing; nearest to evaluation alone: tunery generate TARGET data.jsonl")
+        else:
+            o.note("do_train: not set, where LLaMA-Factory would do nothing; this trains")
+    elif not o("do_train"):
+        o.problems.append("do_train: false; nearest to evaluation alone: tunery generate TARGET data.jsonl")
+
+
+def _base(o: Options) -> dict[str, Any]:
+    if not o("model_name_or_path"):
+        o.problems.append("model_name_or_path: is required")
+    model: dict[str, Any] = {"name": o("model_name_or_path") or ""}
+    if o("model_revision") != "main":
+        model["revision"] = o("model_revision")
+    if o("trust_remote_code"):
+        model["trust_remote_code"] = True
+    return model
+
+
+def _model(o: Options) -> dict[str, Any]:
+    model = _base(o)
+    if o("pure_bf16"):
+        model["dtype"] = "bfloat16"
+        o.note("pure_bf16: the arithmetic is bfloat16; what trains is still kept in float32")
+    elif o("bf16") or o("fp16"):
+        if o("bf16") and o("fp16"):
+            o.problems.append("fp16: bf16 is on as well; choose one")
+        model["dtype"] = "bfloat16" if o("bf16") else "float16"
+    if o("flash_attn") not in ("auto", "disabled", "sdpa", "fa2", "fa3"):
+        o.problems.append(f"flash_attn: unknown value {o('flash_attn')!r} (known: auto, disabled, sdpa, fa2, fa3)")
+    elif o("flash_attn") != "auto":
+        o.note("flash_attn: model.attention stays auto, the fastest that is exact on this device")
+    if o("train_from_scratch"):
+        model["random_init"] = True
+    adapters = o("adapter_name_or_path")
+    if len(adapters) > 1:
+        o.refuse(
+            "adapter_name_or_path", "merge all but the last into the base with `tunery export`, then name the last"
+        )
+    elif adapters and o("create_new_adapter"):
+        o.refuse("create_new_adapter", "merge the old adapter with `tunery export`, then train on the merged folder")
+    elif adapters:
+        model["init_from"] = adapters[0]
+    return model
+
+
+def _objective(o: Options) -> dict[str, Any]:
+    kind = STAGES.get(o("stage"), "sft")
+    if kind != "sft":
+        return {"kind": kind}
+    if o("train_on_prompt") and o("mask_history"):
+        o.problems.append("mask_history: train_on_prompt is on as well; choose one")
+    train_on = "all" if o("train_on_prompt") else "last" if o("mask_history") else "answers"
+    return {"kind": kind, "train_on": train_on}
+
+
+def _adapter(o: Options) -> dict[str, Any]:
+    kind = o("finetuning_type")
+    if kind == "lora":
+        return _lora(o)
+    if o("adapter_name_or_path"):
+        o.problems.append("adapter_name_or_path: only goes with finetuning_type: lora; merge it with `tunery export`")
+    if kind == "freeze":
+        return _freeze(o)
+    if kind == "oft":
+        o.refuse("finetuning_type", "finetuning_type: lora")
+    elif kind != "full":
+        o.problems.append(f"finetuning_type: unknown value {kind!r}{nearest(kind, ['lora', 'freeze', 'full'])}")
+    return {"kind": "full"}
+
+
+def _lora(o: Options) -> dict[str, Any]:
+    adapter = {"kind": "lora"} | (_lora_shape(o) if not o("adapter_name_or_path") else {})
+    if o("adapter_name_or_path"):
+        o.note("adapter_name_or_path: training goes on from this adapter, with its own rank, alpha and targets")
+    if o("loraplus_lr_ratio") is not None:
+        adapter["loraplus_ratio"] = o("loraplus_lr_ratio")
+        if o("loraplus_lr_embedding") != READ["loraplus_lr_embedding"][1]:
+            o.refuse("loraplus_lr_embedding", "loraplus_lr_ratio for all matrices; leave embeddings out of lora_target")
+    return adapter
+
+
+def _lora_shape(o: Options) -> dict[str, Any]:
+    targets = o("lora_target")
+    if "all" in targets and len(targets) > 1:
+        o.problems.append("lora_target: `all` stands alone, or leave it out of the list")
+    adapter: dict[str, Any] = {
+        "rank": o("lora_rank"),
+        "alpha": o("lora_alpha") if o("lora_alpha") is not None else 2 * o("lora_rank"),
+        "dropout": o("lora_dropout"),
+        "targets": "all-linear" if targets == ["all"] else targets,
+    }
+    if o("additional_target"):
+        adapter["modules_to_save"] = o("additional_target")
+    if o("use_rslora"):
+        adapter["rslora"] = True
+    if o("use_dora"):
+        adapter["dora"] = True
+    if o("pissa_init"):
+        adapter |= {"init": "pissa", "pissa_iter": o("pissa_iter")}
+        o.note("pissa_init: the saved adapter is one plain LoRA for the original base, as with pissa_convert")
+        if o("use_dora") or o("lora_dropout"):
+            o.problems.append("pissa_init: goes with neither use_dora nor lora_dropout")
+    return adapter
+
+
+def _freeze(o: Options) -> dict[str, Any]:
+    adapter: dict[str, Any] = {"kind": "freeze", "layers": o("freeze_trainable_layers")}
+    if o("freeze_trainable_modules") != ["all"]:
+        adapter["modules"] = o("freeze_trainable_modules")
+    if o("freeze_extra_modules"):
+        adapter["extra"] = o("freeze_extra_modules")
+    return adapter
+
+
+def _optimizer(o: Options) -> dict[str, Any]:
+    if o("optim") not in ("adamw_torch", "adamw_torch_fused"):
+        o.refuse("optim", "adamw_torch")
+    return {
+        "kind": "adamw",
+        "lr": o("learning_rate"),
+        "weight_decay": o("weight_decay"),
+        "betas": [o("adam_beta1"), o("adam_beta2")],
+        "eps": o("adam_epsilon"),
+    }
+
+
+def _schedule(o: Options) -> dict[str, Any]:
+    kinds = {
+        "linear": "linear",
+        "cosine": "cosine",
+        "cosine_with_min_lr": "cosine",
+        "constant": "constant",
+        "constant_with_warmup": "constant",
+        "warmup_stable_decay": "wsd",
+    }
+    name = o("lr_scheduler_type")
+    if name not in kinds:
+        o.refuse("lr_scheduler_type", f"one of {', '.join(kinds)}")
+        return {}
+    schedule: dict[str, Any] = {"kind": kinds[name], "warmup": 0 if name == "constant" else _warmup(o)}
+    extra = dict(o("lr_scheduler_kwargs"))
+    if name == "cosine_with_min_lr":
+        rate, floor = extra.pop("min_lr_rate", None), extra.pop("min_lr", None)
+        if (rate is None) == (floor is None):
+            o.problems.append("lr_scheduler_kwargs: cosine_with_min_lr needs min_lr or min_lr_rate")
+        else:
+            schedule["min_ratio"] = float(rate) if rate is not None else float(floor) / o("learning_rate")
+    if name == "warmup_stable_decay":
+        if extra.pop("decay_type", "cosine") != "linear" or "num_decay_steps" not in extra:
+            o.refuse("lr_scheduler_type", "lr_scheduler_kwargs: {decay_type: linear, num_decay_steps: N}, or cosine")
+        schedule |= {"decay": int(extra.pop("num_decay_steps", 1)), "min_ratio": float(extra.pop("min_lr_ratio", 0))}
+    if extra:
+        o.refuse("lr_scheduler_kwargs", f"{name} without {', '.join(extra)}")
+    return schedule
+
+
+def _warmup(o: Options) -> float | int:
+    """Steps win over the share, as in transformers; a number of steps below 1 is a share there too."""
+    if not 0 <= o("warmup_ratio") < 1:
+        o.problems.append(f"warmup_ratio: expected a share below 1, got {o('warmup_ratio')!r}")
+    warmup = o("warmup_steps") or o("warmup_ratio")
+    if warmup:
+        o.note("warm-up: the first update has 1/w of the learning rate here and 0 in LLaMA-Factory, one step ahead")
+    return warmup
+
+
+def _train(o: Options) -> dict[str, Any]:
+    parts = o("per_device_train_batch_size"), o("gradient_accumulation_steps"), int(os.environ.get("WORLD_SIZE", "1"))
+    batch_size = parts[0] * parts[1] * parts[2]
+    o.note(
+        f"train.batch_size: {batch_size} = {parts[0]} a device x {parts[1]} accumulated x {parts[2]} devices, "
+        "counted over all ranks; it stays the same on another number of devices"
+    )
+    train: dict[str, Any] = {"epochs": o("num_train_epochs"), "batch_size": batch_size, "seed": o("seed")}
+    if o("max_steps") > 0:
+        train["max_steps"] = o("max_steps")
+    train |= _packing(o)
+    if o("disable_shuffling"):
+        train["shuffle"] = False
+    train["max_grad_norm"] = o("max_grad_norm") if o("max_grad_norm") > 0 else None
+    if o("neftune_noise_alpha"):
+        train["neftune"] = o("neftune_noise_alpha")
+    if o("gradient_checkpointing") or o("disable_gradient_checkpointing") is False:
+        train["checkpointing"] = True
+    elif o("disable_gradient_checkpointing") is None:
+        o.note("train.checkpointing: off, where LLaMA-Factory's is on; same result, faster, more memory")
+    if o("data_seed") not in (None, o("seed")):
+        o.note("data_seed: ignored; one seed drives everything random, the order of the rows too")
+    train["save_every"] = _interval(o, "save_strategy", "save_steps", o("save_steps"))
+    train["keep"] = o("save_total_limit") or KEEP_ALL
+    train["resume"] = _resume(o)
+    if o("logging_strategy") == "steps" and o("logging_steps") >= 1:
+        train["log_every"] = o("logging_steps")
+    else:
+        o.note("logging: every 5 steps; train.log_every is another number of steps")
+    return train
+
+
+def _packing(o: Options) -> dict[str, Any]:
+    packing = o("packing") if o("packing") is not None else o("neat_packing") or o("stage") == "pt"
+    if packing or o("neat_packing"):
+        o.note(
+            "packing: sequences in one stream never see one another (as with neat_packing), and train.batch_size "
+            f"counts rows, where LLaMA-Factory counts packed blocks of {o('cutoff_len')} tokens: raise it to keep as "
+            "many tokens in a step"
+        )
+    return {} if o("packing") is None else {"packing": packing or o("neat_packing")}
+
+
+def _resume(o: Options) -> bool | str:
+    """LLaMA-Factory goes on from the newest checkpoint in output_dir unless told to overwrite it."""
+    given = o("resume_from_checkpoint")
+    return given if given else not o("overwrite_output_dir")
+
+
+def _interval(o: Options, strategy: str, name: str, steps: float | int | None) -> float | int | None:
+    """How often: steps, a share of the run below 1, or None for the end only."""
+    kind = o(strategy)
+    if kind == "steps":
+        return steps
+    if kind == "epoch":
+        if o("max_steps") > 0:
+            o.refuse(strategy, f"{strategy}: steps with {name}, as max_steps is set")
+        return 1 / o("num_train_epochs") if o("num_train_epochs") > 1 else None
+    if kind != "no":
+        o.refuse(strategy, "steps, epoch or no")
+    return None
+
+
+def _eval(o: Options) -> dict[str, Any]:
+    if o("metric_for_best_model") not in ("loss", "eval_loss"):
+        o.refuse("metric_for_best_model", "loss")
+    every = _interval(o, "eval_strategy", "eval_steps", o("eval_steps") or o("logging_steps"))
+    section: dict[str, Any] = {"every": every, "best": o("load_best_model_at_end")}
+    if o("early_stopping_steps"):
+        section["patience"] = o("early_stopping_steps")
+    if o("predict_with_generate") or o("do_predict"):
+        section |= {"generate": o("max_samples") or 1000, "max_new_tokens": o("max_new_tokens")}
+        o.note("predict_with_generate: answers are generated greedily, before and after training, for the scores")
+    return section
+
+
+def _report(o: Options) -> dict[str, Any]:
+    asked = [name for name in o("report_to") if name != "none"]
+    if "all" in asked:
+        asked = [name for name in TRACKERS if find_spec(name)]
+        o.note(f"report_to: all is {', '.join(asked) or 'none'}, the trackers that are installed")
+    for name in asked:
+        if name not in TRACKERS:
+            o.refuse("report_to", f"one of {', '.join(TRACKERS)}")
+    if o("use_swanlab") and "swanlab" not in asked:
+        asked.append("swanlab")
+    report: dict[str, Any] = {"to": asked} if asked else {}
+    if o("swanlab_project"):
+        report["project"] = o("swanlab_project")
+    if o("run_name") or o("swanlab_run_name"):
+        report["name"] = o("run_name") or o("swanlab_run_name")
+    return report
+
+
+def _export(o: Options) -> dict[str, Any]:
+    base = _base(o)
+    adapters = o("adapter_name_or_path")
+    if len(adapters) > 1:
+        o.refuse("adapter_name_or_path", "one adapter at a time: export with the first, then with the next on that")
+    return {
+        "target": adapters[0] if adapters else base["name"],
+        "base": base["name"],
+        "out": o("export_dir"),
+        "dtype": o("infer_dtype"),
+        "shard_gb": o("export_size"),
+    }
