@@ -1,0 +1,155 @@
+"""Text to tokens where special tokens come from the template alone.
+
+A chat template writes its special tokens as text (`<|im_end|>`), so the same letters in a user's message would become
+the token too. Rows with such look-alikes take a second road: their strings are marked before rendering, and a shadow of
+the tokenizer, whose control tokens have other names, encodes the text. Then what the template wrote is renamed and
+matches, and what a person wrote is text like any other, with the merges and prefix spaces that text has there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tunery.data.render import RowRefused
+from tunery.errors import TemplateError
+
+# Two noncharacters: Unicode sets them aside for a program's own use, so they are in no text meant for interchange.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+_RENAMED = re.compile(f"{OPEN}[^{CLOSE}]*{CLOSE}")
+
+
+class Codec:
+    """The tokenizer as a template uses it. `literals`: the strings the template can write.
+
+    Control tokens are the special tokens, the added tokens that the template writes, and those that swallow spaces
+    beside them (as text they would lose them). In an assistant's turn only special ones count: `<think>` and
+    `<tool_call>` are what the model is to write."""
+
+    def __init__(self, tokenizer: Any, literals: str):
+        if not getattr(tokenizer, "is_fast", False):
+            raise TemplateError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer; save it with a tokenizer.json "
+                "(transformers' AutoTokenizer converts most) and use that folder"
+            )
+        self.backend: Tokenizer = tokenizer.backend_tokenizer
+        added = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
+        special = set(tokenizer.all_special_tokens) | {t.content for t in added.values() if t.special}
+        swallows = {t.content for t in added.values() if t.lstrip or t.rstrip}
+        visible = [text for text in added if text.strip()]
+        self.generated = tuple(text for text in visible if text in special or text in swallows)
+        self.control = tuple(text for text in visible if text in set(self.generated) or text in literals)
+        self.ids = {text: self.backend.token_to_id(text) for text in self.control}
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Any control token; the longest where one begins another."""
+        return _any_of(self.control)
+
+    @cached_property
+    def generated_pattern(self) -> re.Pattern[str]:
+        """Any control token that an assistant's text may not hold."""
+        return _any_of(self.generated)
+
+    @cached_property
+    def hints(self) -> tuple[str, ...]:
+        """Two-letter beginnings of the control tokens: a text without any of them has no look-alike."""
+        return tuple(sorted({text[:2] for text in self.control}))
+
+    def looks_alike(self, text: str) -> bool:
+        """Whether the text holds the letters of a control token."""
+        return any(hint in text for hint in self.hints) and self.pattern.search(text) is not None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts without look-alikes."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_shadow(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts from `rename`."""
+        return [encoding.ids for encoding in self.shadow.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Exact text of token ids, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of raw text, with what the tokenizer itself puts around a document (its BOS)."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+
+    def controls(self, text: str, shadow: bool, start: int = 0) -> Iterator[re.Match[str]]:
+        """The control tokens in a rendered (shadow: renamed) text."""
+        return (_RENAMED if shadow else self.pattern).finditer(text, start)
+
+    def id_of(self, control: str, shadow: bool) -> int:
+        """Token id of a control token as it stands in a rendered (shadow: renamed) text."""
+        return self.ids[control.strip(OPEN + CLOSE) if shadow else control]
+
+    def last_control(self, text: str, shadow: bool) -> re.Match[str] | None:
+        """The last control token in a rendered (shadow: renamed) text."""
+        found = None
+        for found in self.controls(text, shadow):
+            pass
+        return found
+
+    def mark(self, value: Any, assistant: bool = False) -> Any:
+        """The value with every look-alike in its strings enclosed, ready to be rendered; dictionary keys are left."""
+        if isinstance(value, str):
+            if OPEN in value or CLOSE in value:
+                raise RowRefused("reserved characters", "the text holds the noncharacters U+FDD0 or U+FDD1")
+            return (self.generated_pattern if assistant else self.pattern).sub(f"{OPEN}\\g<0>{CLOSE}", value)
+        if isinstance(value, dict):
+            assistant = assistant or value.get("role") == "assistant"
+            return {k: v if k == "role" else self.mark(v, assistant) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark(item, assistant) for item in value]
+        return value
+
+    def rename(self, text: str) -> str:
+        """A text rendered from marked values: the template's control tokens renamed, the marks around look-alikes
+        gone (a template may have cut between them, so a lone mark goes as well)."""
+        pieces = re.split(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}", text)
+        for i in range(0, len(pieces), 2):
+            ours = re.sub(f"[{OPEN}{CLOSE}]", "", pieces[i])
+            pieces[i] = self.pattern.sub(f"{OPEN}\\g<0>{CLOSE}", ours)
+        return "".join(pieces)
+
+    @cached_property
+    def shadow(self) -> Tokenizer:
+        """The same tokenizer with every control token renamed to OPEN + name + CLOSE, at the same id."""
+        spec = json.loads(self.backend.to_str())
+        names = {text: f"{OPEN}{text}{CLOSE}" for text in self.control}
+        for token in spec["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = spec["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(text, text): i for text, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        if "merges" in model:
+            # Text must not merge into a control token's letters; those merges would have no result any more.
+            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+            model["merges"] = [list(pair) for pair in pairs if "".join(pair) not in names]
+        spec["post_processor"] = None
+        spec["truncation"] = spec["padding"] = None
+        shadow = Tokenizer.from_str(json.dumps(spec))
+        moved = [text for text, name in names.items() if shadow.token_to_id(name) != self.ids[text]]
+        if moved:
+            raise TemplateError(f"cannot encode text that looks like {moved[0]!r}: this tokenizer's ids have gaps")
+        return shadow
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
+
+
+def find(ids: np.ndarray, token: int, count: int) -> int:
+    """Index of the count-th (from 1) occurrence of a token, or -1."""
+    places = np.flatnonzero(ids == token)
+    return int(places[count - 1]) if 0 < count <= len(places) else -1
