@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN too
+        return self.error <= self.tolerance
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -53,13 +54,18 @@ def probe_logits(model: Any, streams: Sequence[Sequence[int]]) -> list[Tensor]:
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> Check:
     """How far the logits `found` are from those `expected`; passed when within the tolerance of `dtype`."""
-    difference = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).double()
-    spread = torch.cat([(b - b.mean(-1, keepdim=True)).flatten() for b in expected]).double()
-    agree = torch.cat([(a.argmax(-1) == b.argmax(-1)).double() for a, b in zip(found, expected, strict=True)])
-    scale = spread.square().mean().sqrt().clamp(min=1e-12)
+    squares = spread = agreed = largest = count = 0.0
+    for a_TV, b_TV in zip(found, expected, strict=True):
+        difference_TV = (a_TV - b_TV).double()
+        squares += float(difference_TV.square().sum())
+        spread += float((b_TV - b_TV.mean(-1, keepdim=True)).double().square().sum())
+        # max() of a Tensor keeps NaN where Python's would lose it; so does the sum of squares above
+        largest = float(torch.stack([difference_TV.abs().max(), torch.tensor(largest).double()]).max())
+        agreed += float((a_TV.argmax(-1) == b_TV.argmax(-1)).sum())
+        count += len(a_TV)
     return Check(
-        error=float(difference.square().mean().sqrt() / scale),
-        largest=float(difference.abs().max()),
-        argmax=float(agree.mean()),
+        error=math.sqrt(squares / max(spread, 1e-24)) if math.isfinite(squares) else math.inf,
+        largest=largest,
+        argmax=agreed / count,
         tolerance=TOLERANCE[dtype],
     )

@@ -5,7 +5,7 @@ Suffixes: B rows of a batch, P prompt tokens (left-padded), V vocabulary."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from tunery.errors import ModelError
 from tunery.generate.base import Request, Sampling
 from tunery.generate.detokenize import TextStream, decode
-from tunery.types import Completion, Message
+from tunery.types import Completion
 
 MAX_ROWS = 256
 
@@ -152,8 +152,8 @@ class HFGenerator:
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Completions as their batches finish, longest prompts first (so that what does not fit shows at once).
         Raises ModelError naming the request for a prompt that does not fit the model's context."""
-        prompts = [(i, self.prompt(request)) for i, request in enumerate(requests)]
-        pending = self._batches([self._row(i, ids, sampling) for i, ids in prompts])[::-1]
+        prompts = self.prompts(list(requests))
+        pending = self._batches([self._row(i, ids, sampling) for i, ids in enumerate(prompts)])[::-1]
         while pending:
             rows = pending.pop()
             try:
@@ -163,8 +163,8 @@ class HFGenerator:
             except torch.OutOfMemoryError:
                 if len(rows) == 1:
                     raise ModelError(
-                        f"request {rows[0].index + 1}: not enough device memory for {len(rows[0].prompt)} prompt tokens "
-                        f"and up to {rows[0].limit} new ones; lower max_new_tokens or shorten the prompt"
+                        f"request {rows[0].index + 1}: not enough device memory for {len(rows[0].prompt)} prompt "
+                        f"tokens and up to {rows[0].limit} new ones; lower max_new_tokens or shorten the prompt"
                     ) from None
                 torch.cuda.empty_cache()
                 fresh = [self._row(row.index, row.prompt, sampling) for row in rows]
@@ -173,10 +173,10 @@ class HFGenerator:
             for row in rows:
                 yield self._completion(row)
 
-    def stream(self, request: Request, sampling: Sampling) -> Iterator[str]:
-        """One answer's text in pieces of whole characters; joined they are the `Completion.text` of the same request.
-        A stop text is not given out, nor what may yet become one. Stop iterating to stop generating."""
-        row = self._row(0, self.prompt(request), sampling)
+    def stream(self, request: Request, sampling: Sampling) -> Generator[str, None, Completion]:
+        """One answer's text in pieces of whole characters; joined they are the text of the Completion that the iterator
+        returns. A stop text is not given out, nor what may yet become one. Close the iterator to stop generating."""
+        row = self._row(0, self.prompts([request])[0], sampling)
         row.stream = TextStream(self.tokenizer)
         hold = max((len(stop) for stop in sampling.stop), default=1) - 1
         shown = 0
@@ -186,18 +186,19 @@ class HFGenerator:
                 if ready > shown:
                     yield row.text[shown:ready]
                     shown = ready
+        return self._completion(row)
 
-    def prompt(self, request: Request) -> list[int]:
-        """The token ids a request is answered from."""
-        if request.ids is not None:
-            ids = [int(token) for token in request.ids]
-        elif self.template is None:
+    def prompts(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The token ids each request is answered from. Raises ModelError where there is nothing to go on from."""
+        asked = [request for request in requests if request.ids is None]
+        if asked and self.template is None:
             raise ModelError("messages need a chat template; this generator was made without one")
-        else:
-            ids = list(self.template.prompt(list(request.messages), request.tools))
-        if not ids:
-            raise ModelError("the prompt is empty: there is nothing to go on from")
-        return ids
+        rendered = iter(self.template.prompts([(r.messages, r.tools) for r in asked]) if asked else [])
+        prompts = [next(rendered) if r.ids is None else [int(token) for token in r.ids] for r in requests]
+        for i, ids in enumerate(prompts):
+            if not ids:
+                raise ModelError(f"request {i + 1}: its prompt is empty, there is nothing to go on from")
+        return prompts
 
     # ------------------------------------------------------------ rows and batches
 

@@ -25,8 +25,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 @dataclass(frozen=True, slots=True)
 class Target:
     """A target, found but not loaded. `base` is the model to load, `adapter` the folder of the adapter on top of it
-    (None for a whole model), `tokenizer` the folder or name the tokenizer comes from, `template` the name of its
-    chat template for `load_template`, `name` what the person wrote."""
+    (None for a whole model), `tokenizer` the folder or name the tokenizer comes from, `template` and `system` the chat
+    template and default system message for `load_template`, `name` what the person wrote."""
 
     name: str
     kind: Kind
@@ -34,6 +34,7 @@ class Target:
     adapter: Path | None
     tokenizer: str
     template: str
+    system: str | None = None
 
 
 @dataclass(slots=True)
@@ -66,7 +67,7 @@ def resolve_target(target: str | Path) -> Target:
     if (folder / ADAPTER).is_file():
         base = _base_of(folder, job)
         tokenizer = str(folder) if _has_tokenizer(folder) else base.name
-        return Target(name, kind, base, folder, tokenizer, _template(folder, job))
+        return Target(name, kind, base, folder, tokenizer, *_template(folder, job))
     if not (folder / "config.json").is_file() or not _has_weights(folder):
         raise ModelError(_nothing_here(folder, job))
     trust = bool(job and job["model"].get("trust_remote_code"))
@@ -76,7 +77,7 @@ def resolve_target(target: str | Path) -> Target:
         if not job:
             raise ModelError(f"{folder}: a model without tokenizer files; copy them from the model it was made from")
         tokenizer = job["model"]["name"]
-    return Target(name, kind, base, None, tokenizer, _template(folder, job))
+    return Target(name, kind, base, None, tokenizer, *_template(folder, job))
 
 
 def _not_a_folder(name: str) -> Path | None:
@@ -122,11 +123,11 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
-def _template(folder: Path, job: dict[str, Any] | None) -> str:
-    """The saved tokenizer carries the template trained with; a run without one in its tokenizer used the job's."""
-    if job is None or (folder / "chat_template.jinja").is_file():
-        return "auto"
-    return str(job.get("data", {}).get("template", "auto"))
+def _template(folder: Path, job: dict[str, Any] | None) -> tuple[str, str | None]:
+    """The template and the default system message. The saved tokenizer carries the template trained with."""
+    data = (job or {}).get("data") or {}
+    saved = job is None or (folder / "chat_template.jinja").is_file()
+    return "auto" if saved else str(data.get("template", "auto")), data.get("system")
 
 
 def _nothing_here(folder: Path, job: dict[str, Any] | None) -> str:
@@ -180,7 +181,7 @@ def load_target(
     found = target if isinstance(target, Target) else resolve_target(target)
     where = pick_device(device)
     tokenizer = load_tokenizer(ModelConfig(name=found.tokenizer, trust_remote_code=found.base.trust_remote_code))
-    chat = load_template(template or found.template, tokenizer)
+    chat = load_template(template or found.template, tokenizer, system=found.system)
     model = load_model(found.base, pick_dtype(dtype, where), where)
     if found.adapter is not None:
         model = load_adapter(model, found.adapter)
@@ -196,7 +197,7 @@ def pick_device(device: str = "auto") -> str:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
-    """"auto" is bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    """ "auto" is bfloat16 on a GPU that computes in it, float32 elsewhere."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -222,8 +223,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     missing, extra = own - saved, saved - own - set(wrapped.state_dict())
     if missing or extra:
         raise ModelError(
-            f"{folder}: this adapter does not fit the base model: {len(missing)} of the adapter's tensors are not in the "
-            f"file, {len(extra)} in the file have no place (for example {sorted(missing | extra)[0]})"
+            f"{folder}: this adapter does not fit the base model: {len(missing)} of the adapter's tensors are not in "
+            f"the file, {len(extra)} in the file have no place (for example {sorted(missing | extra)[0]})"
         )
     return wrapped
 
