@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tunery.config import KindConfig
 from tunery.errors import ConfigError
-from tunery.models.parts import layer_list, to_master, unwrap
+from tunery.models.parts import layer_list, load_whole, to_master
 
 
 class Config(KindConfig):
@@ -62,7 +62,11 @@ class Adapter:
 
     def save(self, model: Any, folder: Path, base: str) -> None:
         """A Hugging Face model folder, parameters as they train."""
-        unwrap(model).save_pretrained(folder)
+        model.save_pretrained(folder)
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Put the weights of a checkpoint of this run into the model."""
+        load_whole(model, folder)
 
     def finish(self, model: Any, folder: Path, base: str, dtype: torch.dtype) -> None:
         """What the run leaves behind: the model in the dtype its base was stored in."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tunery.config import KindConfig
-from tunery.models.parts import to_master
+from tunery.models.parts import load_whole, to_master
 
 
 class Config(KindConfig):
@@ -37,6 +37,10 @@ class Adapter:
     def save(self, model: Any, folder: Path, base: str) -> None:
         """A Hugging Face model folder, parameters as they train."""
         model.save_pretrained(folder)
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Put the weights of a checkpoint of this run into the model."""
+        load_whole(model, folder)
 
     def finish(self, model: Any, folder: Path, base: str, dtype: torch.dtype) -> None:
         """What the run leaves behind: the model in the dtype its base was stored in."""

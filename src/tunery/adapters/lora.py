@@ -52,11 +52,11 @@ class Adapter:
 
     def __init__(self, config: Config):
         self.config = config
+        self._pissa_start: dict[str, tuple[Tensor, Tensor]] = {}  # name -> the A and B taken out of the base
 
     def apply(self, model: Any, start: Path | None = None, resume: Path | None = None) -> Any:
         """Wrap the model. `start`: go on from this adapter, with its shape; `resume`: a checkpoint of this run."""
-        from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
-        from safetensors.torch import load_file
+        from peft import LoraConfig, PeftConfig, get_peft_model
 
         if start is not None:
             peft_config = PeftConfig.from_pretrained(str(start))
@@ -74,13 +74,24 @@ class Adapter:
                 raise ConfigError(f"adapter.targets: {error}") from error
         if self.config.init == "pissa" and start is None:
             self._pissa(wrapped, resume)
-        elif resume is not None or start is not None:
-            folder = resume or start
-            assert folder is not None
-            result = set_peft_model_state_dict(wrapped, load_file(folder / "adapter_model.safetensors"))
-            if result.unexpected_keys:
-                raise ModelError(f"{folder}: its weights do not fit this model: {result.unexpected_keys[:3]}")
+        folder = resume or start
+        if folder is not None:
+            self.load(wrapped, folder)
         return wrapped
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Put the weights of an adapter folder (for PiSSA: of a checkpoint of this run) into the applied adapter."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        saved = load_file(folder / "adapter_model.safetensors")
+        if self._pissa_start:
+            parts = load_file(folder / PISSA_FILE)
+            for name, _ in _lora_layers(model):
+                saved[f"{name}.lora_A.weight"], saved[f"{name}.lora_B.weight"] = parts[f"{name}.A"], parts[f"{name}.B"]
+        result = set_peft_model_state_dict(model, saved)
+        if result.unexpected_keys:
+            raise ModelError(f"{folder}: its weights do not fit this model: {result.unexpected_keys[:3]}")
 
     def lr_scale(self, name: str) -> float:
         """LoRA+ (Hayou et al., arXiv:2402.12354): B's learning rate is a multiple of A's."""
@@ -92,7 +103,7 @@ class Adapter:
 
         for config in model.peft_config.values():
             config.base_model_name_or_path = base
-        if self.config.init != "pissa" or not self._pissa_start:
+        if not self._pissa_start:
             model.save_pretrained(str(folder), save_embedding_layers=False)
             return
         tensors: dict[str, Tensor] = {}
@@ -134,15 +145,12 @@ class Adapter:
 
     # ------------------------------------------------------------------ PiSSA
 
-    _pissa_start: dict[str, tuple[Tensor, Tensor]] = {}
-
     def _pissa(self, model: Any, resume: Path | None) -> None:
         """W = U S V^T; A = sqrt(S_r / s) V_r^T, B = U_r sqrt(S_r / s), and the base keeps W - s B A
         (Meng et al., arXiv:2404.02948, eq. 2-4)."""
         from safetensors.torch import load_file
 
         saved = load_file(resume / PISSA_FILE) if resume is not None else {}
-        self._pissa_start = {}
         for name, layer in _lora_layers(model):
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             weight, scale = layer.get_base_layer().weight, layer.scaling["default"]
@@ -152,8 +160,7 @@ class Adapter:
                 start_A, start_B = self._principal(_oriented(layer, weight).to(A.dtype), scale)
             update = _oriented(layer, scale * (start_B @ start_A))
             weight.data = (weight.data.to(update.dtype) - update).to(weight.dtype)
-            A.data = saved[f"{name}.A"].to(A) if saved else start_A.clone()
-            B.data = saved[f"{name}.B"].to(B) if saved else start_B.clone()
+            A.data, B.data = start_A.clone(), start_B.clone()
             self._pissa_start[name] = (start_A, start_B)
 
     def _principal(self, W: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -16,15 +16,12 @@ def evaluate(
     """Each of the objective's metrics over all streams of all ranks: sum of sums / sum of weights."""
     was_training = model.training
     model.eval()
-    totals: dict[str, list[float]] = {}
+    totals: dict[str, tuple[float, float]] = {}
     with torch.no_grad():
         for batch in streams:
-            batch = batch.to(engine.device)
-            for name, (value, weight) in objective.loss(policy, batch).metrics.items():
-                total = totals.setdefault(name, [0.0, 0.0])
-                total[0] += float(value)
-                total[1] += float(weight)
+            for name, (value, weight) in objective.loss(policy, batch.to(engine.device)).metrics.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + float(value), before[1] + float(weight))
     model.train(was_training)
-    names = sorted(totals) or ["loss"]
-    summed = engine.sum(torch.tensor([totals.get(name, [0.0, 0.0]) for name in names]))
-    return {name: float(s / w) if w else float("nan") for name, (s, w) in zip(names, summed.tolist(), strict=True)}
+    summed = engine.sum_metrics(totals)
+    return {name: value / weight if weight else float("nan") for name, (value, weight) in summed.items()}

@@ -67,7 +67,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_LOGITS // w.shape[0])
         total = torch.zeros((), dtype=wide, device=h_NH.device)
         dh_NH = torch.empty_like(h_NH) if train_h else None
-        dw_VH = torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if train_w else None
+        dw_VH = (
+            torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if train_w else None
+        )
         db_V = torch.zeros(w.shape[0], dtype=wide, device=h_NH.device) if train_b else None
         with torch.autocast(h_NH.device.type, enabled=False):
             for start in range(0, h_NH.shape[0], chunk):
@@ -105,5 +107,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        grads = [next(saved) * grad_outputs[0].to(torch.float32) if there else None for there in ctx.present]
+        grads = [next(saved) * grad_outputs[0] if there else None for there in ctx.present]
         return (*grads, None, None, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +62,11 @@ def to_master(parameter: nn.Parameter) -> None:
     """Let a parameter train, in float32 at least: a step of 1e-5 is lost in bfloat16's 8 bits."""
     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     parameter.requires_grad_(True)
+
+
+def load_whole(model: nn.Module, folder: Path) -> None:
+    """Put the weights of a model folder of the same architecture into `model`, each parameter keeping its dtype."""
+    from transformers import AutoModelForCausalLM
+
+    saved = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    model.load_state_dict(saved.state_dict())

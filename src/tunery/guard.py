@@ -1,0 +1,119 @@
+"""When a loss or gradient is not finite: stop before the update, say where it began, and keep what replays it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunery.errors import TuneryError
+from tunery.types import Batch, Objective, Policy
+
+RECORD, BATCHES = "failure.json", "batches.pt"
+
+
+@dataclass
+class Finding:
+    """What one micro-batch does. `module`: the first one whose output (or parameter, or gradient) is not finite, and
+    `where` says which of these; None when all is finite. `rows`: the examples of the stream."""
+
+    stream: int
+    loss: float
+    module: str | None
+    where: str
+    rows: list[int]
+
+    def __str__(self) -> str:
+        if self.module is None:
+            return f"stream {self.stream}: loss sum {self.loss:.6g}, all finite"
+        return f"stream {self.stream}: loss sum {self.loss:.6g}; first not finite: the {self.where} of {self.module}"
+
+
+def investigate(
+    model: nn.Module, objective: Objective, policy: Policy, batches: Sequence[Batch], seed: Callable[[], None]
+) -> list[Finding]:
+    """Run each micro-batch again, watching every module. `seed` puts the step's randomness back."""
+    broken = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
+    findings = []
+    seed()
+    for number, batch in enumerate(batches):
+        model.zero_grad(set_to_none=True)
+        with _watch(model) as seen:
+            loss = objective.loss(policy, batch).sum
+        module, where = (broken, "parameter") if broken else (seen[0], "output") if seen else (None, "")
+        if module is None and not loss.isfinite():
+            module, where = "the loss", "value"
+        if module is None:
+            loss.backward()
+            bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            module, where = (bad[-1], "gradient") if bad else (None, "")  # the backward met the last one first
+        findings.append(Finding(number, float(loss), module, where, sorted(set(batch.rows))))
+    model.zero_grad(set_to_none=True)
+    return findings
+
+
+@contextmanager
+def _watch(model: nn.Module) -> Iterator[list[str]]:
+    """Names of modules in the order in which their outputs stop being finite."""
+    seen: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and first.is_floating_point() and not first.isfinite().all():
+                seen.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def keep_failure(
+    folder: Path, step: int, findings: Sequence[Finding], batches: Sequence[Batch], origins: dict[int, str]
+) -> None:
+    """Write what `replay` needs: the streams as they were, and what was found. The weights are saved beside them by
+    the caller, as in a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save([_as_dict(batch) for batch in batches], folder / BATCHES)
+    record = {"step": step, "findings": [asdict(f) for f in findings], "origins": {str(k): v for k, v in origins.items()}}
+    (folder / RECORD).write_text(json.dumps(record, indent=1))
+
+
+def load_failure(folder: Path) -> tuple[dict[str, Any], list[Batch]]:
+    """What `keep_failure` wrote. Raises TuneryError when there is none."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        batches = [Batch(**b) for b in torch.load(folder / BATCHES, weights_only=True)]
+    except (OSError, ValueError, TypeError) as error:
+        raise TuneryError(f"{folder}: holds no failure to replay ({error})") from error
+    return record, batches
+
+
+def _as_dict(batch: Batch) -> dict[str, Any]:
+    batch = batch.to("cpu")
+    return {field.name: getattr(batch, field.name) for field in fields(batch)}
+
+
+def explain(step: int, findings: Sequence[Finding], origins: dict[int, str], run: Path) -> str:
+    """The error message for a person."""
+    bad = [f for f in findings if f.module is not None] or list(findings)
+    lines = [f"step {step}: the loss or gradient is not finite; the weights were not updated"]
+    for finding in bad[:3]:
+        rows = ", ".join(origins.get(row, f"example {row}") for row in finding.rows[:4])
+        more = f" and {len(finding.rows) - 4} more" if len(finding.rows) > 4 else ""
+        lines.append(f"  {finding}; rows: {rows}{more}")
+    if all(f.module is None for f in findings):
+        lines.append("  every stream is finite alone: their sum overflowed; try a lower learning rate or max_grad_norm")
+    lines.append(f"  run `tunery replay {run}` to see it again; usual causes: a learning rate too high, float16 weights")
+    return "\n".join(lines)
