@@ -4,10 +4,12 @@ LLaMA-Factory's defaults hold. The tables are in llamafactory_options.py."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,7 +17,7 @@ import yaml
 from tunery.compat.llamafactory_data import data_section
 from tunery.compat.llamafactory_options import READ, REFUSED_STAGES, STAGES
 from tunery.compat.llamafactory_reader import Options
-from tunery.config import nearest
+from tunery.config import apply_overrides, nearest, read_config
 from tunery.errors import ConfigError
 
 SECTIONS = ("model", "data", "objective", "adapter", "optimizer", "schedule", "train", "eval", "report", "output")
@@ -27,7 +29,7 @@ KEEP_ALL = 1_000_000
 @dataclass(slots=True)
 class Converted:
     """`config`: the mapping of our job file (for action "train"). `notes`: what a person should know, a sentence each.
-    `export`: for action "export", {target, base, out, dtype, shard_gb}."""
+    `export`: for action "export", the arguments of `tunery.export.merge.export`."""
 
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
@@ -45,7 +47,7 @@ def convert(values: Mapping[str, Any], where: str = "") -> Converted:
 
     Raises ConfigError with every problem at once: unknown options, values of the wrong type, refused options."""
     options = Options(values)
-    if options("export_dir"):
+    if options("export_dir") and not options("do_train"):
         result = Converted({}, action="export", export=_export(options))
     else:
         result = Converted(_job(options))
@@ -56,11 +58,23 @@ def convert(values: Mapping[str, Any], where: str = "") -> Converted:
     return result
 
 
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Converted:
+    """A file of theirs, with `key=value` words from the command line in either vocabulary: `learning_rate=1e-4` is read
+    before the conversion, `optimizer.lr=1e-4` after it. Raises ConfigError."""
+    ours = [word for word in overrides if word.partition("=")[0].split(".")[0] in SECTIONS]
+    theirs = [word for word in overrides if word not in ours]
+    converted = convert(apply_overrides(read_config(path), theirs), where=str(path))
+    if ours and converted.action != "train":
+        raise ConfigError(f"{path}: is an export file, and {ours[0]!r} is about training")
+    converted.config = apply_overrides(converted.config, ours)
+    return converted
+
+
 def to_yaml(converted: Converted) -> str:
     """Our job file as text, with the notes as comments above; for an export file, the command that does it."""
     lines = [f"# {note}" for note in converted.notes]
     if converted.export is not None:
-        return "\n".join([*lines, f"# tunery export {converted.export['target']} {converted.export['out']}"]) + "\n"
+        return "\n".join([*lines, f"# tunery export {converted.export['target']} {converted.export['out']}", ""])
     text = yaml.safe_dump(converted.config, sort_keys=False, allow_unicode=True, width=120)
     return "\n".join([*lines, text])
 
@@ -358,10 +372,28 @@ def _export(o: Options) -> dict[str, Any]:
     adapters = o("adapter_name_or_path")
     if len(adapters) > 1:
         o.refuse("adapter_name_or_path", "one adapter at a time: export with the first, then with the next on that")
+    if "revision" in base:
+        o.refuse("model_revision", "download that revision into a folder and name the folder")
+    if base.get("trust_remote_code"):
+        o.note("trust_remote_code: exporting runs no code that comes with a model, but what the run itself was allowed")
+    if adapters and (named := _base_in(adapters[0])) not in (None, base["name"]):
+        o.problems.append(
+            f"model_name_or_path: {base['name']}, but the adapter {adapters[0]} was trained on {named}; name that one, "
+            "or put the new place into base_model_name_or_path in its adapter_config.json"
+        )
+    if o("infer_dtype") == "auto":
+        o.note("infer_dtype: auto is the base's own, where LLaMA-Factory rounds a float32 base to bfloat16")
     return {
         "target": adapters[0] if adapters else base["name"],
-        "base": base["name"],
         "out": o("export_dir"),
-        "dtype": o("infer_dtype"),
-        "shard_gb": o("export_size"),
+        "dtype": None if o("infer_dtype") == "auto" else o("infer_dtype"),
+        "max_shard_size": f"{o('export_size')}GB",
     }
+
+
+def _base_in(adapter: str) -> str | None:
+    """The base an adapter folder names, or None when it cannot be read here."""
+    try:
+        return json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        return None

@@ -54,7 +54,6 @@ READ: dict[str, tuple[str, Any]] = {
     "use_dora": ("bool", False),
     "pissa_init": ("bool", False),
     "pissa_iter": ("int", 16),
-    "pissa_convert": ("bool", False),
     "create_new_adapter": ("bool", False),
     "freeze_trainable_layers": ("int", 2),
     "freeze_trainable_modules": ("list", ["all"]),
@@ -146,6 +145,7 @@ IGNORED: dict[str, str] = {
     "tokenized_path": "tokenised data are cached by content by themselves",
     "data_shared_file_system": "a detail of tokenising that does not change its result",
     "split_special_tokens": "special tokens in the text of a row always stay text",
+    "pissa_convert": "a PiSSA run always ends as one plain LoRA for the original base",
     "compute_accuracy": "token accuracy is not reported",
     "plot_loss": "the loss is always plotted",
     "include_effective_tokens_per_second": "tokens per second are always shown, and padding does not exist",
@@ -211,7 +211,7 @@ IGNORED: dict[str, str] = {
 }
 
 # Options that are refused unless they hold a value that does nothing: name -> (such values, the nearest thing here).
-# None, false and the empty string do nothing for every one of them.
+# Null and the empty string do nothing for every one of them, and false but where the default is true.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     # model
     "adapter_folder": ((), "write the folder into adapter_name_or_path"),

@@ -29,7 +29,8 @@ class Options:
         if name in REFUSED:
             harmless, near = REFUSED[name]
             plain = {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-            if plain not in (False, "", *harmless) and plain not in ([], {}):
+            off = () if any(value is True for value in harmless) else (False,)
+            if plain not in (*off, "", *harmless) and plain not in ([], {}):
                 self.refuse(name, near)
         elif name in IGNORED:
             self.note(f"{name}: ignored; {IGNORED[name]}")
