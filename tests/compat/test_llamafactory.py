@@ -417,6 +417,7 @@ def test_the_tokenizers_own_template_is_the_policy(tokenizer_without):
 
 def test_styles_are_kept_and_unknown_ones_refused(tokenizer_without):
     assert job(template="alpaca").data.template == "alpaca"
+    assert "nearest: plain" in problem(template="empty")
     assert "template: " in problem(template="default", model_name_or_path=tokenizer_without)
 
 

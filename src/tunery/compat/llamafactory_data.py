@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tunery.compat.llamafactory_options import FAMILIES, STYLES
+from tunery.compat.llamafactory_options import FAMILIES, REFUSED_STYLES, STYLES
 from tunery.compat.llamafactory_reader import Options
 
 
@@ -84,6 +84,9 @@ def _template(o: Options) -> str:
         return "auto"
     if name in STYLES:
         return STYLES[name]
+    if name in REFUSED_STYLES:
+        o.refuse("template", REFUSED_STYLES[name])
+        return "auto"
     ours = FAMILIES.get(name)
     own = _has_own_template(o("model_name_or_path") or "", o("model_revision"))
     if own is False and ours is None:

@@ -308,18 +308,22 @@ REFUSED_STAGES: dict[str, str] = {
 }
 
 # Templates that name a style, not a model family: the file asks for exactly that text. Theirs -> ours.
-STYLES: dict[str, str] = {"alpaca": "alpaca", "vicuna": "vicuna"}
+STYLES: dict[str, str] = {"alpaca": "alpaca", "vicuna": "vicuna", "plain": "plain"}
+REFUSED_STYLES: dict[str, str] = {"empty": "plain", "fewshot": "plain"}
 # Families that Tunery has a template of its own for, used only when the tokenizer brings none. Theirs -> ours.
 FAMILIES: dict[str, str] = {
     "chatml": "chatml",
-    "qwen": "chatml",
+    "qwen": "qwen",
     "llama2": "llama2",
     "llama3": "llama3",
     "mistral": "mistral",
     "gemma": "gemma",
+    "gemma2": "gemma",
     "phi": "phi3",
     "zephyr": "zephyr",
     "deepseek": "deepseek",
+    "deepseek3": "deepseek3",
+    "deepseekr1": "deepseek3",
 }
 
 KNOWN = frozenset(READ) | frozenset(ALIASES) | frozenset(IGNORED) | frozenset(REFUSED)
