@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tunery.data.template import load_template
 from tunery.errors import ModelError
 from tunery.export.verify import Check, compare, probe_logits, probes
-from tunery.models.load import ModelConfig, load_config, load_model, load_tokenizer
-from tunery.models.target import Target, load_adapter, resolve_target
+from tunery.models.load import load_config, load_model, load_tokenizer
+from tunery.models.target import Target, load_adapter, model_config, resolve_target
 from tunery.types import Message
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -44,8 +44,8 @@ def export(
 
     Returns {"out", "kind": "merged" | "model" | "adapter", "dtype", "parameters", "bytes", "written": how the folder
     compares with what was trained, and for a merge also "merge": the same before rounding, "effect": how far the
-    adapter moves the base}, comparisons as in verify.Check. Raises ModelError, leaving nothing behind, when `out` is not empty,
-    the disk is too small, the base is quantised, or the result differs from what was trained."""
+    adapter moves the base}, comparisons as in verify.Check. Raises ModelError, leaving nothing behind, when `out` is
+    not empty, the disk is too small, the base is quantised, or the result differs from what was trained."""
     found = resolve_target(target)
     place = _free_place(Path(out).expanduser())
     if adapter_only and found.adapter is None:
@@ -56,7 +56,7 @@ def export(
             f"{found.base.name}: is quantised; merging into rounded weights gives another model than was trained. "
             "Export the adapter alone, or name the unquantised base in the adapter's base_model_name_or_path"
         )
-    tokenizer = load_tokenizer(ModelConfig(name=found.tokenizer, trust_remote_code=found.base.trust_remote_code))
+    tokenizer = load_tokenizer(model_config(found.tokenizer, trust_remote_code=found.base.trust_remote_code))
     chat = load_template(template or found.template, tokenizer)
     tokenizer.chat_template = chat.source
     streams = probes(config.get_text_config().vocab_size, [_prompt_of(chat)])
@@ -92,7 +92,7 @@ def _adapter(found: Target, place: Path, tokenizer: Any, streams: list[list[int]
 def _model(
     found: Target, place: Path, tokenizer: Any, chat: Any, stored: torch.dtype, shard: str, streams: list[list[int]]
 ) -> dict[str, Any]:
-    model = load_model(found.base, _stored_dtype(load_config(found.base)))
+    model: Any = load_model(found.base, _stored_dtype(load_config(found.base)))
     computed = _arithmetic(model)
     model = model.to(computed)
     report: dict[str, Any] = {"kind": "model", "dtype": str(stored).removeprefix("torch.")}
@@ -130,10 +130,11 @@ def _merge(model: Any) -> PreTrainedModel:
     """The adapter merged into the base. Input and output embeddings that share a tensor get one each first, so that
     a change meant for one does not reach the other, and share again when the merge left both alone."""
     base = model.get_base_model()
-    tied = _embedding(base.get_input_embeddings()) is _embedding(base.get_output_embeddings())
+    output = _unwrapped(base.get_output_embeddings())
+    source = _unwrapped(base.get_input_embeddings())
+    tied = output is not None and source.weight is output.weight
     if tied:
-        output = base.get_output_embeddings()
-        getattr(output, "base_layer", output).weight = nn.Parameter(_embedding(output).detach().clone())
+        output.weight = nn.Parameter(output.weight.detach().clone())
     merged = model.merge_and_unload(safe_merge=True)
     if tied:
         first, last = merged.get_input_embeddings(), merged.get_output_embeddings()
@@ -145,13 +146,11 @@ def _merge(model: Any) -> PreTrainedModel:
     return merged
 
 
-def _embedding(module: Any) -> Tensor | None:
-    """The weight of an embedding or output layer, whatever PEFT has wrapped it in."""
-    if module is None:
-        return None
+def _unwrapped(module: Any) -> Any:
+    """An embedding or output layer without what PEFT has wrapped it in."""
     for inner in ("original_module", "base_layer"):
         module = getattr(module, inner, module)
-    return module.weight
+    return module
 
 
 def _set_ends(model: PreTrainedModel, chat: Any, tokenizer: Any) -> None:
@@ -173,7 +172,8 @@ def _insist(check: Check, found: Target, what: str, effect: Check | None = None)
     if not check.passed:
         raise ModelError(
             f"{found.name}: {what} does not compute what was trained: relative difference of the logits "
-            f"{check.error:.2g} (allowed {check.tolerance:.2g}), {check.argmax:.1%} of the likeliest tokens agree. Nothing was written"
+            f"{check.error:.2g} (allowed {check.tolerance:.2g}), {check.argmax:.1%} of the likeliest tokens agree. "
+            "Nothing was written"
         )
     if effect is not None and effect.error > effect.tolerance and check.error > 0.5 * effect.error:
         raise ModelError(
@@ -241,4 +241,4 @@ def _arithmetic(model: PreTrainedModel) -> torch.dtype:
 
 
 def _prompt_of(chat: Any) -> list[int]:
-    return chat.prompt([Message("user", "What comes first?")])
+    return chat.prompt([Message("user", "What comes first?")]) if chat.source is not None else []

@@ -15,13 +15,13 @@ from tunery.types import Completion, Message
 class Sampling(Config):
     """How the next token is chosen. The default, temperature 0, is greedy and needs no seed."""
 
-    max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; 1 samples the model as it is")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens that hold this probability")
-    top_k: int = Field(0, ge=0, description="sample among this many likeliest tokens; 0: all")
-    repetition_penalty: float = Field(1.0, gt=0, description="above 1 makes tokens already seen less likely")
-    stop: list[str] = Field([], description="texts that end the answer; not part of it")
-    seed: int = Field(42, ge=0, description="of the sampling; the same seed gives the same answers")
+    max_new_tokens: int = Field(default=256, ge=1, description="longest answer, in tokens")
+    temperature: float = Field(default=0.0, ge=0, description="0: the likeliest token; 1: the model's own odds")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="sample among the likeliest that hold this probability")
+    top_k: int = Field(default=0, ge=0, description="sample among this many likeliest tokens; 0: all")
+    repetition_penalty: float = Field(default=1.0, gt=0, description="above 1 makes tokens already seen less likely")
+    stop: list[str] = Field(default=[], description="texts that end the answer; not part of it")
+    seed: int = Field(default=42, ge=0, description="of the sampling; the same seed gives the same answers")
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,8 @@ def generating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _set_attention(base: PreTrainedModel, wanted: str) -> None:
-    if base.config._attn_implementation == wanted:
+def _set_attention(base: PreTrainedModel, wanted: str | None) -> None:
+    if wanted is None or base.config._attn_implementation == wanted:
         return
     try:
         base.set_attn_implementation(wanted)
@@ -136,8 +136,8 @@ class HFGenerator:
         self.tokenizer = tokenizer
         self.template = template
         self.batch_tokens = batch_tokens
-        ends = template.end_ids if template is not None else [tokenizer.eos_token_id]
-        self.end_ids = {int(token) for token in ends if token is not None}
+        ends: list[Any] = list(template.end_ids) if template is not None else [tokenizer.eos_token_id]
+        self.end_ids: set[int] = {token for token in ends if token is not None}
         base = base_of(model)
         accepted = inspect.signature(base.forward).parameters
         learned_prompt = any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values())
@@ -307,7 +307,7 @@ class _State:
         ids_B = torch.tensor(tokens, device=self.ids_BP.device)
         if len(keep) < len(tokens):
             keep_B = torch.tensor(keep, device=ids_B.device)
-            self.cache.reorder_cache(keep_B)  # an index_select over rows, which may leave some out
+            self.cache.reorder_cache(keep_B)  # type: ignore[arg-type]  # an index_select over rows, which may leave some out
             ids_B, self.mask_BP, self.positions_BP = ids_B[keep_B], self.mask_BP[keep_B], self.positions_BP[keep_B]
         self.ids_BP = ids_B[:, None]
         self.mask_BP = torch.cat([self.mask_BP, self.mask_BP.new_ones(len(keep), 1)], dim=-1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tunery.config import read_config, validate
 from tunery.errors import ModelError
 from tunery.models.load import ModelConfig, load_model, load_tokenizer, resolve_name
 
@@ -61,7 +62,7 @@ def resolve_target(target: str | Path) -> Target:
     if not folder.is_dir():
         folder = _not_a_folder(name)
         if folder is None:
-            return Target(name, "model", ModelConfig(name=name), None, name, "auto")
+            return Target(name, "model", model_config(name), None, name, "auto")
     job = _job(folder)
     kind: Kind = _kind(folder, job)
     if (folder / ADAPTER).is_file():
@@ -71,13 +72,18 @@ def resolve_target(target: str | Path) -> Target:
     if not (folder / "config.json").is_file() or not _has_weights(folder):
         raise ModelError(_nothing_here(folder, job))
     trust = bool(job and job["model"].get("trust_remote_code"))
-    base = ModelConfig(name=str(folder), trust_remote_code=trust)
+    base = model_config(str(folder), trust_remote_code=trust)
     tokenizer = str(folder)
     if not _has_tokenizer(folder):
         if not job:
             raise ModelError(f"{folder}: a model without tokenizer files; copy them from the model it was made from")
         tokenizer = job["model"]["name"]
     return Target(name, kind, base, None, tokenizer, *_template(folder, job))
+
+
+def model_config(name: str, **options: Any) -> ModelConfig:
+    """The `model:` section of a model that is used as it is."""
+    return validate(ModelConfig, {"name": name, **options})
 
 
 def _not_a_folder(name: str) -> Path | None:
@@ -101,8 +107,6 @@ def _not_a_folder(name: str) -> Path | None:
 
 def _job(folder: Path) -> dict[str, Any] | None:
     """The resolved configuration of the run that `folder` is, or is a checkpoint of."""
-    from tunery.config import read_config
-
     for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
         if (place / JOB).is_file():
             return read_config(place / JOB)
@@ -146,17 +150,13 @@ def _base_of(folder: Path, job: dict[str, Any] | None) -> ModelConfig:
     if job:
         model = job["model"]
         model = {"name": model} if isinstance(model, str) else model
-        base = ModelConfig(
-            name=model.get("name", "builtin:tiny"),
-            revision=model.get("revision"),
-            dtype=model.get("dtype", "auto"),
-            trust_remote_code=model.get("trust_remote_code", False),
-        )
+        kept = {key: model[key] for key in ("revision", "dtype", "trust_remote_code") if key in model}
+        base = model_config(model.get("name", "builtin:tiny"), **kept)
     else:
         values = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         if not values.get("base_model_name_or_path"):
             raise ModelError(f"{folder / ADAPTER}: names no base model; fill in base_model_name_or_path")
-        base = ModelConfig(name=values["base_model_name_or_path"], revision=values.get("revision"))
+        base = model_config(values["base_model_name_or_path"], revision=values.get("revision"))
     try:
         resolve_name(base.name)
     except ModelError as error:
@@ -180,7 +180,7 @@ def load_target(
 
     found = target if isinstance(target, Target) else resolve_target(target)
     where = pick_device(device)
-    tokenizer = load_tokenizer(ModelConfig(name=found.tokenizer, trust_remote_code=found.base.trust_remote_code))
+    tokenizer = load_tokenizer(model_config(found.tokenizer, trust_remote_code=found.base.trust_remote_code))
     chat = load_template(template or found.template, tokenizer, system=found.system)
     model = load_model(found.base, pick_dtype(dtype, where), where)
     if found.adapter is not None:
