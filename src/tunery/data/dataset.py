@@ -1,13 +1,26 @@
-"""From the `data:` section to tokenised examples: read, parse, check, tokenise, cache, split."""
+"""From the `data:` section to tokenised examples: read, parse, check, split, tokenise, cache."""
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BeforeValidator, Field
 
 from tunery.config import Config
-from tunery.data.sources import Source
+from tunery.data.build import Built, Inputs, build
+from tunery.data.cache import CacheEntry, code_digest, file_digest, key_of, rank
+from tunery.data.examples import from_dict, read_examples, to_dict
+from tunery.data.report import DataReport, SourceReport, SplitReport, enforce
+from tunery.data.sources import Located, Source, load_hub, locate
+from tunery.data.store import TokenStore
+from tunery.errors import ConfigError, DataError
+from tunery.types import Example
 
 
 def _sources(value: Any) -> Any:
@@ -43,3 +56,179 @@ class DataConfig(Config):
     shuffle_buffer: int = Field(16384, ge=1, description="rows held for shuffling when streaming")
     workers: int | None = Field(None, ge=1, description="tokenising processes (default: one per core)")
     cache: bool = Field(True, description="keep tokenised data in TUNERY_CACHE (default ~/.cache/tunery)")
+
+
+@dataclass
+class Prepared:
+    """Data ready for training: `train` a TokenStore, or a StreamingExamples where data.streaming; `eval` the held-out
+    examples, tokenised, and `eval_examples` the same as conversations, for generation (in the order they were read;
+    rows refused in tokenising are not among them)."""
+
+    train: Any
+    eval: TokenStore | None
+    eval_examples: list[Example]
+    report: DataReport
+    located: list[Located] = field(default_factory=list)
+
+    def train_examples(self, numbers: Iterable[int]) -> list[Example]:
+        """The conversations behind some training examples, read again from their files."""
+        origins = [self.train.origin(number) for number in numbers]
+        found: dict[tuple[str, int], Example] = {}
+        wanted = set(origins)
+        for source in self.located:
+            if len(found) == len(wanted):
+                break
+            for file, row, example in read_examples(source, SourceReport(source.key, source.name)):
+                if (file, row) in wanted and isinstance(example, Example):
+                    found[file, row] = example
+                    if len(found) == len(wanted):
+                        break
+        return [found[origin] for origin in origins]
+
+
+def prepare(
+    config: DataConfig, template: Any, objective: Any, *, seed: int, cache_key: str = "", console: Any = None
+) -> Prepared:
+    """Everything about the data, before any model is loaded: find, read, parse, check, split, tokenise.
+
+    `template` has encode_many, encode_texts and fingerprint (data/template.py), `objective` rows (objectives/);
+    `cache_key` is whatever else decides the tokens; `console` a rich console for the progress bar. Raises ConfigError
+    and DataError."""
+    started = time.perf_counter()
+    check_config(config)
+    train = [locate(s, f"data.train[{i}]", config.dataset_dir) for i, s in enumerate(config.train)]
+    held = config.eval if isinstance(config.eval, list) else []
+    eval_ = [locate(s, f"data.eval[{i}]", config.dataset_dir) for i, s in enumerate(held)]
+    inputs = Inputs(
+        train=train,
+        eval=eval_,
+        fraction=config.eval if isinstance(config.eval, float) else None,
+        max_bad=config.max_bad,
+        too_long=config.too_long,
+        workers=config.workers,
+        seed=seed,
+        template=template,
+        objective=objective,
+        console=console,
+    )
+    built = _cached(inputs, cache_key) if config.cache else build(inputs)
+    built.report.seconds = time.perf_counter() - started
+    enforce(built.report, config.max_bad)
+    store = built.train
+    if config.mix == "weighted":
+        store = store.select(mix([source.source.weight for source in train], store.source, seed))
+        built.report.train = SplitReport.of(store)
+    return Prepared(store, built.eval, built.eval_examples, built.report, train)
+
+
+def check_config(config: DataConfig) -> None:
+    """What can be said before any file is opened. Raises ConfigError."""
+    if not config.train:
+        raise ConfigError("data.train: no data given; name a file, a folder, a hub data set, or a list of them")
+    if isinstance(config.eval, float) and not 0 < config.eval < 1:
+        raise ConfigError(f"data.eval: a fraction must lie between 0 and 1, got {config.eval}")
+    if config.mix == "concat":
+        for number, source in enumerate(config.train):
+            if source.weight != 1.0:
+                raise ConfigError(
+                    f"data.train[{number}].weight is {source.weight}, but data.mix is concat, which takes every row "
+                    "once; set data.mix: weighted"
+                )
+
+
+def mix(weights: Sequence[float], sources: np.ndarray, seed: int) -> np.ndarray:
+    """The examples of a weighted epoch, int64 [as many as there are]: source k has weights[k] / sum(weights) of them.
+
+    `sources` int32 [E] is the source of each example. A source's share is filled with whole passes over it, and the
+    rest with a draw without replacement, so its rows are used equally often, give or take one. The draw is a pure
+    function of the seed and the same in every epoch. A source without examples has no share."""
+    there = [np.flatnonzero(sources == k) for k in range(len(weights))]
+    share = np.array([w if len(rows) else 0.0 for w, rows in zip(weights, there, strict=True)])
+    exact = share / share.sum() * len(sources)
+    counts = np.floor(exact).astype(np.int64)
+    short = len(sources) - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:short]] += 1  # the largest remainders
+    rng = np.random.Generator(np.random.PCG64([seed, 1]))
+    parts = []
+    for rows, count in zip(there, counts.tolist(), strict=True):
+        if count:
+            passes, rest = divmod(count, len(rows))
+            parts += [np.tile(rows, passes), np.sort(rng.choice(rows, rest, replace=False))]
+    return np.concatenate(parts).astype(np.int64)
+
+
+# ---------------------------------------------------------------- the cache around build()
+
+
+def _cached(inputs: Inputs, cache_key: str) -> Built:
+    entry = CacheEntry(_key(inputs, cache_key))
+    say = inputs.console.print if inputs.console is not None else (lambda line: None)
+    if rank() != 0:
+        entry.wait(say)
+        return _load(entry.folder)
+    if entry.exists():
+        try:
+            built = _load(entry.folder)
+            built.report.cache = "hit"
+            return built
+        except DataError as error:
+            say(f"building the tokenised data again: {error}")
+            entry.remove()
+    entry.beat()
+    try:
+        built = build(replace(inputs, beat=entry.beat))
+        with entry.writing() as folder:
+            built.train.save(folder / "train")
+            if built.eval is not None:
+                built.eval.save(folder / "eval")
+            texts = [json.dumps(to_dict(example), ensure_ascii=False) for example in built.eval_examples]
+            (folder / "eval.jsonl").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+            built.report.cache = "built"
+            built.report.save(folder / "report.json")
+    finally:
+        entry.done()
+    return built
+
+
+def _load(folder: Path) -> Built:
+    """A cache entry. Raises DataError where it is damaged."""
+    train = TokenStore.load(folder / "train")
+    eval_store = TokenStore.load(folder / "eval") if (folder / "eval").exists() else None
+    try:
+        report = DataReport.load(folder / "report.json")
+        lines = (folder / "eval.jsonl").read_text(encoding="utf-8").split("\n")
+        examples = [from_dict(json.loads(line)) for line in lines if line]
+        if (eval_store is None) != (report.eval is None):
+            raise ValueError("the evaluation data is missing")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: the cache entry cannot be read: {error}") from None
+    return Built(train, eval_store, examples, report)
+
+
+def _key(inputs: Inputs, cache_key: str) -> str:
+    """The name of the cache entry: everything that decides what build() returns."""
+    objective = inputs.objective
+    config = getattr(objective, "config", None)
+    return key_of(
+        {
+            "sources": [_content(source) for source in inputs.train + inputs.eval],
+            "train": len(inputs.train),
+            # The seed only chooses the rows held out.
+            "eval": None if inputs.fraction is None else [inputs.fraction, inputs.seed],
+            "max_bad": inputs.max_bad,
+            "too_long": inputs.too_long,
+            "template": inputs.template.fingerprint,
+            "objective": [type(objective).__module__, config.model_dump(mode="json") if config is not None else None],
+            "code": code_digest(type(objective).__module__, type(inputs.template).__module__),
+            "more": cache_key,
+        }
+    )
+
+
+def _content(located: Located) -> dict[str, Any]:
+    """What a source is and holds: its options, and a hash of its bytes."""
+    options = located.source.model_dump(mode="json", exclude={"weight"})
+    if located.hub is None:
+        return {**options, "files": [[str(path), file_digest(path)] for path in located.files]}
+    data, split = load_hub(located)
+    return {**options, "files": [split, *[file_digest(Path(file["filename"])) for file in data.cache_files]]}

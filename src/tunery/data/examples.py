@@ -1,0 +1,171 @@
+"""Rows to Examples: the format is chosen once for a source, then every row is parsed, or refused with its reason."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tunery.config import kinds
+from tunery.data.formats import FOLDER, RowError, detect_format, load_format
+from tunery.data.report import SourceReport
+from tunery.data.sources import Located, read_rows
+from tunery.errors import ConfigError, DataError
+from tunery.types import Example, Message, Refused
+
+_LOOKED_AT = 100  # rows that decide the format and the columns
+
+
+def read_examples(
+    located: Located, report: SourceReport, streaming: bool = False
+) -> Iterator[tuple[str, int, Example | Refused]]:
+    """(file, row, Example or why not) of a source, in order; `Example.meta` has "file" and "row". What was found out
+    about the source goes into `report`. Raises DataError where no format fits, ConfigError for wrong columns."""
+    rows = read_rows(located, streaming)
+    first = list(itertools.islice(rows, _LOOKED_AT))
+    seen = [row for _, _, row in first if not isinstance(row, Refused)]
+    choose_format(located, seen, report)
+    parse = load_format(report.format).parse if report.format else None
+    columns, tags = report.columns, located.source.tags
+    for file, number, row in itertools.chain(first, rows):
+        report.rows += 1
+        if isinstance(row, Refused) or parse is None:
+            yield file, number, row if isinstance(row, Refused) else Refused("not an object")
+            continue
+        try:
+            example = parse(row, columns, tags)
+            check_example(example)
+        except RowError as error:
+            yield file, number, Refused(error.reason, error.detail)
+            continue
+        example.meta["file"] = file
+        example.meta["row"] = number
+        yield file, number, example
+
+
+def choose_format(located: Located, rows: Sequence[Mapping[str, Any]], report: SourceReport) -> None:
+    """Set `format`, `columns` and `unread` of the report, from the configuration and the first rows."""
+    source = located.source
+    if source.format != "auto":
+        report.format = source.format
+    elif rows:
+        name = detect_format(rows)
+        if name is None:
+            raise DataError(
+                f"{located.key}: no format fits {located.name}, whose rows have the columns "
+                f"{', '.join(map(repr, rows[0]))}. Name one with format: ({', '.join(kinds(FOLDER))}) and say what its "
+                "columns are called here with columns:, such as {prompt: question, response: answer}"
+            )
+        report.format = name
+    if not report.format:  # nothing but refused rows
+        return
+    module = load_format(report.format)
+    if source.tags:
+        _check_names(source.tags, getattr(module, "TAGS", {}), f"{located.key}.tags", report.format)
+    report.columns = choose_columns(module.COLUMNS, source.columns, rows, located.key, report.format)
+    there = dict.fromkeys(name for row in rows for name in row)
+    report.unread = sorted(str(name) for name in set(there) - set(report.columns.values()))
+
+
+def choose_columns(
+    known: Mapping[str, Sequence[str]],
+    given: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    form: str,
+) -> dict[str, str]:
+    """Our column names -> the data's: as given, else the first usual name that the rows have, else the usual one."""
+    _check_names(given, known, f"{key}.columns", form)
+    there = dict.fromkeys(str(name) for row in rows for name, value in row.items() if value is not None)
+    for ours, theirs in given.items():
+        if rows and theirs and theirs not in there and not any(theirs in row for row in rows):
+            near = difflib.get_close_matches(theirs, list(there), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"{key}.columns.{ours}: the rows have no column {theirs!r}{hint} (there: {', '.join(there)})"
+            )
+    claimed = set(given.values())
+    columns = {}
+    for ours, usual in known.items():
+        free = [name for name in usual if name not in claimed]
+        found = next((name for name in free if name in there), free[0] if free else "")
+        columns[ours] = given.get(ours, found)
+    return columns
+
+
+def _check_names(given: Mapping[str, str], known: Mapping[str, Any], key: str, form: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            there = f"known: {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"{key}.{name}: format {form} does not know this name{hint} ({there})")
+
+
+def check_example(example: Example) -> None:
+    """What no format may let through. Raises RowError."""
+    if example.text is None and not example.messages:
+        raise RowError("no messages")
+    texts = [message.content for message in example.messages] if example.text is None else [example.text]
+    for message in (*example.messages, *(example.rejected or ())):
+        if message.reasoning:
+            texts.append(message.reasoning)
+        for call in message.tool_calls:
+            texts.append(json.dumps([call.name, call.arguments], ensure_ascii=False))
+    texts += [message.content for message in example.rejected or ()]
+    if example.tools:
+        texts.append(json.dumps(example.tools, ensure_ascii=False))
+    for text in texts:
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                found = text[error.start]
+                raise RowError(
+                    "invalid Unicode", f"half a surrogate pair (\\u{ord(found):04x}), not a character"
+                ) from None
+
+
+def identity(example: Example) -> Hashable:
+    """Equal for examples that say the same: the text, or the turns with their calls (the pair's better side)."""
+    return example.text if example.text is not None else tuple(_turn(message) for message in example.messages)
+
+
+def whole_identity(example: Example) -> Hashable:
+    """`identity` with everything else that is learned from: the worse side of a pair, the label, the tools."""
+    if example.rejected is None and example.label is None and example.tools is None:
+        return identity(example)
+    worse = tuple(_turn(message) for message in example.rejected or ())
+    return identity(example), worse, example.label, json.dumps(example.tools, sort_keys=True, default=str)
+
+
+def _turn(message: Message) -> Hashable:
+    if not message.tool_calls and not message.reasoning:
+        return message.role, message.content
+    calls = tuple(
+        (call.name, json.dumps(call.arguments, sort_keys=True, ensure_ascii=False)) for call in message.tool_calls
+    )
+    return message.role, message.content, message.reasoning, calls
+
+
+def to_dict(example: Example) -> dict[str, Any]:
+    """An Example as plain values, for JSON."""
+    from dataclasses import asdict
+
+    return asdict(example)
+
+
+def from_dict(values: Mapping[str, Any]) -> Example:
+    """The inverse of `to_dict`."""
+    from tunery.types import ToolCall
+
+    def messages(items: list[dict[str, Any]] | None) -> list[Message] | None:
+        if items is None:
+            return None
+        return [Message(**{**m, "tool_calls": tuple(ToolCall(**call) for call in m["tool_calls"])}) for m in items]
+
+    return Example(
+        **{**values, "messages": messages(values["messages"]), "rejected": messages(values["rejected"])}  # type: ignore
+    )

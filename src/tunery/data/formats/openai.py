@@ -1,0 +1,190 @@
+"""OpenAI: {"messages": [{"role", "content", ...}], "tools": [...]}, and its relatives:
+
+    prompt + completion            text or messages each
+    prompt + chosen + rejected     text or messages each; prompt may be left out where chosen and rejected hold it
+    input + preferred_output + non_preferred_output          the preference lines of OpenAI's fine-tuning API
+    chosen_messages + rejected_messages                      two whole conversations with the same start
+
+A message has role (system, developer, user, assistant, tool, function), content (text, null beside tool calls, or a
+list of parts of type text, reasoning, tool_call, image_url, ...), and may have tool_calls, function_call,
+tool_call_id, name, reasoning_content, and weight (or loss_weight): what its loss is multiplied by, 0 to not train it.
+For a pair, meta["shared"] is the number of messages before the first chosen turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tunery.data.formats import (
+    RowError,
+    describe,
+    read_call,
+    read_calls,
+    read_flag,
+    read_media,
+    read_text,
+    read_tools,
+    shared_prefix,
+)
+from tunery.types import Example, Message
+
+COLUMNS = {
+    "messages": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt",),
+    "response": ("completion",),
+    "system": ("system",),
+    "tools": ("tools", "functions"),
+    "chosen": ("chosen", "chosen_messages"),
+    "rejected": ("rejected", "rejected_messages"),
+    "label": ("label", "kto_tag"),
+    "images": ("images",),
+    "videos": ("videos",),
+    "audios": ("audios",),
+}
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+
+
+def detect(row: Mapping[str, Any]) -> bool:
+    for name in COLUMNS["messages"]:
+        if _is_messages(row.get(name)):
+            return True
+    if "instruction" in row:
+        return False
+    if _is_messages(row.get("chosen_messages")) or ("preferred_output" in row and isinstance(row.get("input"), dict)):
+        return True
+    if "chosen" in row and "rejected" in row:
+        return "prompt" in row or _is_messages(row["chosen"])
+    return "prompt" in row and "completion" in row
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def parse(row: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str, str]) -> Example:
+    def name(column: str) -> str:
+        return columns.get(column, COLUMNS[column][0])
+
+    if isinstance(row.get("input"), dict) and "preferred_output" in row:
+        inner = row["input"]
+        flat = {**inner, "chosen": row["preferred_output"], "rejected": row.get("non_preferred_output")}
+        return parse(flat, {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}, tags)
+
+    chosen, rejected = row.get(name("chosen")), row.get(name("rejected"))
+    if (chosen is None) != (rejected is None):
+        raise RowError("half a preference pair", f"only {'rejected' if chosen is None else 'chosen'} is there")
+    media = read_media(row, columns) or []
+    messages = _turns(row.get(name("messages")), "user", media) if row.get(name("messages")) is not None else []
+    if not messages and row.get(name("prompt")) is not None:
+        messages = _turns(row[name("prompt")], "user", media)
+    worse, meta = None, {}
+    if chosen is not None:
+        better, worse = _turns(chosen, "assistant", media), _turns(rejected, "assistant", media)
+        start = shared_prefix(better, worse)
+        if better[: len(messages)] == messages:  # chosen repeats the prompt
+            messages = []
+        messages = messages + better[:start]
+        meta = {"shared": len(messages)}
+        messages, worse = messages + better[start:], worse[start:]
+        if not worse:
+            raise RowError("same answers", "chosen and rejected are the same, or one is the start of the other")
+    elif row.get(name("response")) is not None:
+        messages = messages + _turns(row[name("response")], "assistant", media)
+    if not messages:
+        raise RowError("no messages", f"{name('messages')!r} is missing or empty")
+    system = read_text(row, name("system"))
+    if system and messages[0] != Message("system", system):
+        messages.insert(0, Message("system", system))
+        meta = {"shared": meta["shared"] + 1} if meta else meta
+    return Example(
+        messages=messages,
+        rejected=worse,
+        label=read_flag(row, name("label")),
+        tools=read_tools(row.get(name("tools"))),
+        media=media or None,
+        meta=meta,
+    )
+
+
+def _turns(value: Any, role: str, media: list[Any]) -> list[Message]:
+    """Messages from a list of them, from one, or from bare text spoken by `role`."""
+    if isinstance(value, str):
+        return [Message(role, value)]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise RowError("wrong type", f"messages are {describe(value)}, expected a list")
+    return [_message(item, media) for item in value]
+
+
+def _message(item: Any, media: list[Any]) -> Message:
+    if not isinstance(item, dict):
+        raise RowError("wrong type", f"a message is {describe(item)}, expected an object with role and content")
+    given = item.get("role")
+    role = ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise RowError("unknown role", f"{given!r} (known: {', '.join(ROLES)})")
+    content = item.get("content")
+    reasoning = item.get("reasoning_content") or item.get("reasoning") or item.get("thinking")
+    calls = [read_call(call) for call in item.get("tool_calls") or ()]
+    if isinstance(item.get("function_call"), dict):
+        calls.append(read_call(item["function_call"]))
+    if isinstance(content, list):
+        content, thought, written = _parts(content, media)
+        reasoning, calls = reasoning or thought, calls + written
+    if content is None and (calls or reasoning):
+        content = ""
+    if not isinstance(content, str):
+        raise RowError("wrong type", f"the content of a message ({given}) is {describe(content)}, expected text")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise RowError("wrong type", f"the reasoning of a message is {describe(reasoning)}, expected text")
+    return Message(
+        role,
+        content,
+        weight=_weight(item),
+        tool_calls=tuple(calls),
+        tool_call_id=item.get("tool_call_id"),
+        name=item.get("name"),
+        reasoning=reasoning,
+    )
+
+
+def _weight(item: Mapping[str, Any]) -> float | None:
+    value = item.get("weight", item.get("loss_weight"))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise RowError("bad weight", f"{value!r}, expected a number of 0 or more")
+    return float(value)
+
+
+def _parts(parts: list[Any], media: list[Any]) -> tuple[str | None, str | None, list[Any]]:
+    """(text, reasoning, tool calls) of a content given in parts; images and the like are added to `media`."""
+    texts, thoughts, calls = [], [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise RowError("bad content part", f"{describe(part)}, expected an object with a type")
+        value = next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), None)
+        if kind in ("text", "input_text", "output_text"):
+            texts.append(value)
+        elif kind in ("reasoning", "thinking"):
+            thoughts.append(value)
+        elif kind == "tool_call":
+            calls += read_calls(value) if isinstance(value, str) else [read_call(value)]
+        elif kind.removesuffix("_url") in ("image", "video", "audio", "input_audio"):
+            media.append({"type": kind.removesuffix("_url").removeprefix("input_"), "value": value})
+        else:
+            raise RowError("bad content part", f"unknown type {kind!r}")
+    if not all(isinstance(text, str) for text in [*texts, *thoughts]):
+        raise RowError("bad content part", "the text of a part is not text")
+    return "".join(texts) if texts else None, "".join(thoughts) if thoughts else None, calls

@@ -1,0 +1,154 @@
+"""Examples to flat arrays of tokens, over several processes where there is enough to do."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from tunery.data.store import Chunk
+from tunery.errors import DataError
+from tunery.types import Example, Refused, Tokens
+
+CHUNK = 1000
+_ENOUGH = 2000  # fewer rows are done sooner than processes are started
+
+Origin = tuple[int, int, int]  # source, file index, row
+Encoded = tuple[Chunk, list[tuple[int, Refused]]]
+
+# What the worker processes inherit by fork: (examples, origins, objective, template).
+_inherited: tuple[Sequence[Example], Sequence[Origin], Any, Any] | None = None
+
+
+def tokenise(
+    examples: Sequence[Example],
+    origins: Sequence[Origin],
+    objective: Any,
+    template: Any,
+    workers: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> tuple[list[Chunk], list[tuple[int, Refused]]]:
+    """The usable examples as chunks in order, and (number, why) of the others. `progress` is called with the rows of
+    each finished chunk. Raises DataError where a worker process dies."""
+    count = worker_count(len(examples), workers)
+    source = _in_processes if count > 1 else _in_line
+    chunks: list[Chunk] = []
+    refused: list[tuple[int, Refused]] = []
+    for start, (chunk, bad) in zip(
+        range(0, len(examples), CHUNK), source(examples, origins, objective, template, count), strict=True
+    ):
+        chunks.append(chunk)
+        refused += bad
+        progress(min(CHUNK, len(examples) - start))
+    return chunks, refused
+
+
+def worker_count(rows: int, workers: int | None) -> int:
+    """How many processes tokenise this many rows: one where that is as fast, or forking would not be safe."""
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if rows <= _ENOUGH or workers == 1 or not _may_fork():
+        return 1
+    return min(workers, -(-rows // CHUNK))
+
+
+def _may_fork() -> bool:
+    """Not on macOS, whose libraries break in forked children, nor with a CUDA context, nor inside a daemon."""
+    if not sys.platform.startswith("linux"):
+        return False
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return False
+    import multiprocessing
+
+    return not multiprocessing.current_process().daemon
+
+
+def encode_chunk(examples: Sequence[Example], origins: Sequence[Origin], objective: Any, template: Any) -> Encoded:
+    """One chunk's usable examples, and (number within it, why) of the others. Each sequence of a text is an example of
+    its own: nothing makes them share a step, and a book must not become one stream."""
+    kept: list[Sequence[Tokens]] = []
+    places: list[Origin] = []
+    refused: list[tuple[int, Refused]] = []
+    rows = objective.rows(examples, template)
+    for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
+        if isinstance(row, Refused):
+            refused.append((number, row))
+        elif not row:
+            refused.append((number, Refused("nothing to train")))
+        elif example.text is not None:
+            kept += [[tokens] for tokens in row]
+            places += [origins[number]] * len(row)
+        else:
+            kept.append(row)
+            places.append(origins[number])
+    return Chunk(kept, places), refused
+
+
+def _in_line(
+    examples: Sequence[Example], origins: Sequence[Origin], objective: Any, template: Any, count: int
+) -> Iterator[Encoded]:
+    for start in range(0, len(examples), CHUNK):
+        stop = start + CHUNK
+        chunk, refused = encode_chunk(examples[start:stop], origins[start:stop], objective, template)
+        yield chunk, [(start + number, why) for number, why in refused]
+
+
+def _in_processes(
+    examples: Sequence[Example], origins: Sequence[Origin], objective: Any, template: Any, count: int
+) -> Iterator[Encoded]:
+    """The same in `count` forked processes, which inherit the examples and hand back arrays."""
+    global _inherited
+    _inherited = (examples, origins, objective, template)
+    gc.collect()
+    gc.freeze()  # else the children's collectors would touch, and so copy, every page of the examples
+    pool = ProcessPoolExecutor(count, mp_context=get_context("fork"), initializer=_start_worker)
+    try:
+        with warnings.catch_warnings():
+            # Python warns of forking with threads alive; the children only use the tokenizer, which handles a fork.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            futures = [pool.submit(_work, start) for start in range(0, len(examples), CHUNK)]
+        for future in futures:
+            yield future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a tokenising process was killed, most often for want of memory; try data.workers: 1, or "
+            "data.streaming: true"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
+        _inherited = None
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+def _work(start: int) -> Encoded:
+    assert _inherited is not None
+    examples, origins, objective, template = _inherited
+    stop = start + CHUNK
+    chunk, refused = encode_chunk(examples[start:stop], origins[start:stop], objective, template)
+    return chunk, [(start + number, why) for number, why in refused]
+
+
+@contextlib.contextmanager
+def paused_gc() -> Iterator[None]:
+    """No garbage collection while many long-lived objects are made, which it would walk again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
