@@ -19,6 +19,7 @@ from tunery.data.dataset import Prepared, prepare
 from tunery.data.loader import Cut, Loader, StreamLoader
 from tunery.data.store import TokenStore
 from tunery.data.template import ChatTemplate, load_template
+from tunery.diagnose import DataCounts
 from tunery.engine import Engine
 from tunery.errors import ConfigError, ModelError
 from tunery.job import Job
@@ -238,15 +239,20 @@ def make_loader(job: Job, data: Prepared, cut: Cut) -> tuple[Loader | StreamLoad
     return StreamLoader(data.train, batch_size=train.batch_size, how=cut), train.max_steps
 
 
-def read_data(job: Job, console: Any = None) -> tuple[Any, ChatTemplate, Objective, Prepared]:
-    """Tokenizer, template, objective and tokenised data: all that can be checked without a model."""
-    if not job.data.train:
-        raise ConfigError("data.train: is required: a path, or a list of paths")
-    tokenizer = load_tokenizer(job.model)
-    data = job.data
-    template = load_template(
+def read_template(job: Job) -> tuple[Any, ChatTemplate]:
+    """The tokenizer, and the template as the data section wants it."""
+    tokenizer, data = load_tokenizer(job.model), job.data
+    return tokenizer, load_template(
         data.template, tokenizer, max_length=data.max_length, too_long=data.too_long, system=data.system
     )
+
+
+def read_data(job: Job, console: Any = None) -> tuple[Any, ChatTemplate, Objective, Prepared]:
+    """Tokenizer, template, objective and tokenised data: all that can be checked without a model."""
+    data = job.data
+    if not data.train:
+        raise ConfigError("data.train: is required: a path, or a list of paths")
+    tokenizer, template = read_template(job)
     objective = build("objectives", job.objective)
     prepared = prepare(
         data, template, objective, seed=job.train.seed, cache_key=job.objective.model_dump_json(), console=console
@@ -287,3 +293,17 @@ def set_up(job: Job, engine: Engine, console: Any = None) -> Run:
         [group["lr"] for group in groups], loader, cut, total, base_dtype, resume, state.get("step", 0), state,
         versions(),
     )  # fmt: skip
+
+
+def data_counts(run: Run) -> DataCounts:
+    """What became of the rows, for the report and the diagnosis."""
+    report = run.data.report
+    return DataCounts(
+        read=report.rows,
+        used=report.train.examples,
+        refused=report.reasons(),
+        truncated=report.train.truncated,
+        tokens=report.train.tokens,
+        labelled=report.train.labelled,
+        eval_rows=len(run.data.eval) if run.data.eval is not None else 0,
+    )

@@ -1,0 +1,265 @@
+"""The command line: parse, call, print. Torch and the rest are imported inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tunery import __version__
+from tunery.errors import TuneryError
+
+TRAIN, DATA, USE, OTHER = "Train", "Data and configuration", "Use the result", "Other"
+
+app = typer.Typer(
+    name="tunery",
+    help="Fine-tune language models: check the data, train, prove the result, use it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[Path, typer.Argument(help="a YAML or JSON file, ours or LLaMA-Factory's", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", show_default=False)]
+Target = Annotated[str, typer.Argument(help="run folder, adapter folder, model folder or hub name", show_default=False)]
+
+
+def main() -> None:
+    """Run a command; errors meant for a person are printed without a traceback."""
+    # Idle OpenMP threads must not spin against other processes; read once, when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    try:
+        app()
+    except TuneryError as error:
+        print(f"tunery: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("tunery: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def read_job(path: Path, overrides: list[str] | None) -> Any:
+    """A Job from our file or LLaMA-Factory's, with the notes of a conversion printed."""
+    from tunery.compat import llamafactory
+    from tunery.config import read_config
+    from tunery.job import load_job
+
+    words = overrides or []
+    if not llamafactory.is_llamafactory(read_config(path)):
+        return load_job(path, words)
+    converted = llamafactory.load(path, words)
+    for note in converted.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return converted if converted.action == "export" else load_job(converted.config)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+# ---------------------------------------------------------------- train
+
+
+@app.command(rich_help_panel=TRAIN)
+def train(config: Source, overrides: Overrides = None) -> None:
+    """Train from a YAML file (and run LLaMA-Factory's training and export files as they are)."""
+    job = read_job(config, overrides)
+    if not hasattr(job, "output"):
+        _export(**job.export)
+        return
+    from tunery.loop import run_job
+
+    result = run_job(job, _console())
+    if int(os.environ.get("RANK", "0")) == 0:
+        _after(result)
+
+
+def _after(result: Any) -> None:
+    from rich.console import Console
+
+    console, output = Console(), result.output
+    if result.already_finished:
+        console.print(f"{output} already holds this run, finished; train.resume=false trains anew beside it.")
+    plots = [name for name in ("training_loss.png", "training_eval_loss.png") if (output / name).is_file()]
+    if plots:
+        console.print(f"Loss plot: {output / plots[0]}   Report: {output / 'report.md'}")
+    console.print("Next:")
+    console.print(f"  tunery chat {output}")
+    console.print(f"  tunery generate {output} DATA.jsonl --out predictions.jsonl")
+    console.print(f"  tunery export {output} {output}-merged")
+
+
+@app.command(rich_help_panel=TRAIN)
+def replay(run: Annotated[Path, typer.Argument(help="a run folder, or its failure-step-N folder")]) -> None:
+    """Run a step again that was not finite, and say where it begins."""
+    from tunery.replay import replay as replay_failure
+
+    for line in replay_failure(run):
+        print(line)
+
+
+# ---------------------------------------------------------------- data and configuration
+
+
+@app.command(rich_help_panel=DATA)
+def check(config: Source, overrides: Overrides = None) -> None:
+    """Check the data: what would be used, what not and why, and what looks wrong. Trains nothing."""
+    from tunery.config import build
+    from tunery.data.check import check as check_data
+    from tunery.setup import read_template
+
+    job = _training_job(config, overrides)
+    _, template = read_template(job)
+    report = check_data(job.data, template, build("objectives", job.objective), seed=job.train.seed)
+    report.print(_stdout())
+
+
+@app.command(rich_help_panel=DATA)
+def inspect(
+    config: Source,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="rows to show")] = 2,
+    seed: Annotated[int, typer.Option(help="which rows")] = 0,
+) -> None:
+    """Show sample rows as tokens coloured by what is trained, their exact text, and the lengths."""
+    from tunery.inspect import inspect as show
+
+    show(_training_job(config, overrides), _stdout(), rows=rows, seed=seed)
+
+
+@app.command(rich_help_panel=DATA)
+def convert(
+    config: Source,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="write here instead of printing")] = None,
+) -> None:
+    """Print LLaMA-Factory's YAML as ours."""
+    from tunery.compat import llamafactory
+
+    text = llamafactory.to_yaml(llamafactory.load(config, overrides or []))
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+
+
+@app.command(rich_help_panel=DATA)
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from tunery.job import Job
+
+    print(json.dumps(Job.model_json_schema(), indent=2, ensure_ascii=False))
+
+
+# ---------------------------------------------------------------- use the result
+
+
+@app.command(rich_help_panel=USE)
+def chat(
+    target: Target,
+    prompt: Annotated[str | None, typer.Option(help="answer this once and exit")] = None,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="sample among the likeliest that hold this probability")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 512,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 42,
+) -> None:
+    """Talk to a model: streaming, with history; /help for commands."""
+    from tunery.chat import chat as talk
+
+    talk(target, prompt, system, _sampling(temperature, top_p, max_new_tokens, seed))
+
+
+@app.command(rich_help_panel=USE)
+def generate(
+    target: Target,
+    data: Annotated[Path, typer.Argument(help="rows to answer: json, jsonl, csv, parquet")],
+    out: Annotated[Path, typer.Option(help="predictions, one {prompt, predict, label} a line")],
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="sample among the likeliest that hold this probability")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 256,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 42,
+    samples: Annotated[int | None, typer.Option(help="only the first n rows")] = None,
+) -> None:
+    """Answer a file of rows and score the answers. An interrupted run goes on where it stopped."""
+    from tunery.generate.predict import predict
+
+    sampling = _sampling(temperature, top_p, max_new_tokens, seed)
+    scores = predict(target, data, out, sampling, samples=samples, console=_console())
+    print(json.dumps(scores, indent=2, ensure_ascii=False))
+
+
+@app.command(rich_help_panel=USE)
+def export(
+    target: Target,
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    adapter_only: Annotated[bool, typer.Option(help="the adapter alone, not merged")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's own")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of a weights file")] = "5GB",
+) -> None:
+    """Write a merged Hugging Face folder (or the adapter alone), compared with what was trained."""
+    _export(target=target, out=str(out), adapter_only=adapter_only, dtype=dtype, max_shard_size=max_shard_size)
+
+
+def _export(**options: Any) -> None:
+    from tunery.export.merge import export as write
+
+    print(json.dumps(write(**options), indent=2, default=str))
+
+
+# ---------------------------------------------------------------- other
+
+
+@app.command(rich_help_panel=OTHER)
+def version() -> None:
+    """Versions of Tunery and of the libraries that decide its numbers."""
+    from tunery.setup import versions
+
+    for name, number in versions().items():
+        print(f"{name} {number}")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tunery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show and exit")] = False,
+) -> None: ...
+
+
+def _training_job(config: Path, overrides: list[str] | None) -> Any:
+    from tunery.errors import ConfigError
+
+    job = read_job(config, overrides)
+    if not hasattr(job, "output"):
+        raise ConfigError(f"{config}: is an export file; there is no data in it")
+    return job
+
+
+def _sampling(temperature: float, top_p: float, max_new_tokens: int, seed: int) -> Any:
+    from tunery.config import validate
+    from tunery.generate.base import Sampling
+
+    values = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    return validate(Sampling, values)
+
+
+def _stdout() -> Any:
+    from rich.console import Console
+
+    return Console()

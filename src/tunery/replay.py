@@ -1,0 +1,42 @@
+"""`tunery replay`: a step that was not finite, once more, from what the run kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunery import guard
+from tunery.config import build
+from tunery.engine import Engine
+from tunery.errors import TuneryError
+from tunery.job import load_job
+from tunery.policy import CausalPolicy
+from tunery.setup import CONFIG, load_start
+
+
+def replay(folder: Path) -> Iterator[str]:
+    """Lines that say what happened then and what happens now. `folder` is the run folder (its newest failure) or the
+    failure's own. Raises TuneryError when there is nothing to replay."""
+    failures = sorted(folder.glob("failure-step-*"), key=lambda f: int(f.name.rsplit("-", 1)[1]))
+    if not (folder / guard.RECORD).is_file():
+        if not failures:
+            raise TuneryError(f"{folder}: no failure-step-N folder in it, so nothing to replay")
+        folder = failures[-1]
+    record, batches = guard.load_failure(folder)
+    job = load_job(folder.parent / CONFIG)
+    engine = Engine(job.model.dtype)
+    model, _ = load_start(job, build("adapters", job.adapter), folder, engine)
+    policy = CausalPolicy(model, dtype=engine.dtype, neftune=job.train.neftune)
+    model.train()
+    yield f"{folder}: step {record['step'] + 1}, {len(batches)} streams; then:"
+    for finding in record["findings"]:
+        yield f"  {guard.Finding(**finding)}"
+    yield "now:"
+    batches = [batch.to(engine.device) for batch in batches]
+    seed = job.train.seed
+    findings = guard.investigate(
+        model, build("objectives", job.objective), policy, batches, lambda: engine.seed(seed, record["step"])
+    )
+    for finding in findings:
+        rows = ", ".join(record["origins"].get(str(row), str(row)) for row in finding.rows[:4])
+        yield f"  {finding}" + (f"; rows: {rows}" if finding.module else "")
