@@ -4,7 +4,8 @@ evaluation, from which a resumed run picks up its curve, its clock and its half-
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -129,3 +130,23 @@ def read_history(lines: Iterable[dict[str, Any]]) -> History:
             norm = None if line["grad_norm"] is None else number(line["grad_norm"])
             history.steps.append(Step(**line | {"loss": number(line["loss"]), "grad_norm": norm, "metrics": pairs}))
     return history
+
+
+# ------------------------------------------------------------ measures of several steps
+
+
+def window_means(steps: Sequence[Step]) -> dict[str, float]:
+    """The exact mean loss and metrics over several steps: sums over sums, never an average of averages."""
+    weight = math.fsum(step.weight for step in steps)
+    means = {"loss": math.fsum(step.loss * step.weight for step in steps) / weight if weight else math.nan}
+    for name in dict.fromkeys(name for step in steps for name in step.metrics):
+        pairs = [step.metrics[name] for step in steps if name in step.metrics]
+        total = math.fsum(pair[1] for pair in pairs)
+        means[name] = math.fsum(pair[0] for pair in pairs) / total if total else math.nan
+    return means
+
+
+def tokens_per_second(steps: Sequence[Step]) -> float:
+    """Real tokens per second of training: the time of evaluating and saving is left out."""
+    seconds = math.fsum(step.seconds for step in steps)
+    return sum(step.tokens for step in steps) / seconds if seconds > 0 else 0.0

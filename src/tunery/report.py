@@ -15,10 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from tunery.diagnose import DataCounts, Diagnosis, diagnose
-from tunery.history import Evaluation, LineFile, Step, read_history
+from tunery.history import Evaluation, LineFile, Step, read_history, tokens_per_second, window_means
 from tunery.job import ReportConfig
 from tunery.progress import Display, Reading, clock_text
-from tunery.run_report import Facts, Outcome, comparison_tables, tokens_per_second, window_means, write_run_folder
+from tunery.results import Facts, Outcome
+from tunery.run_report import comparison_tables, library_versions, write_run_folder
 from tunery.trackers import Tracker, make_trackers
 
 LOOKS = 50  # times per run that the whole history is diagnosed, so that looking stays cheap however long the run is
@@ -55,7 +56,7 @@ class Report:
     ):
         self.output, self.total_steps, self.total_epochs = Path(output), total_steps, total_epochs
         self.log_every, self.flops_per_token, self.peak_flops = log_every, flops_per_token, peak_flops
-        self.job, self.counts, self.versions = dict(job or {}), counts, dict(versions or {})
+        self.job, self.counts, self.versions = dict(job or {}), counts, dict(versions or library_versions())
         self.warnings: list[str] = []
         self.notes: list[str] = []
         self.outcome: Outcome | None = None
@@ -66,7 +67,8 @@ class Report:
         self._tokens = sum(step.tokens for step in self.history.steps)
         logged = max((line["current_steps"] for line in self._log_file.lines_kept if "loss" in line), default=0)
         self._unlogged = [step for step in self.history.steps if step.step > logged]
-        self._diagnoses: dict[str, Diagnosis] = {}
+        self._diagnoses: list[Diagnosis] = []
+        self._said: set[str] = set()
         self._next_look = start_step
         self.trackers = make_trackers(config, self.output, start_step, self.job) if trackers is None else list(trackers)
         self._clock = clock
@@ -214,16 +216,17 @@ class Report:
         self.log()
         self._look()
         self.close()
-        steps = self.history.steps
         facts = Facts(
             history=self.history,
             total_steps=self.total_steps,
             total_epochs=self.total_epochs,
+            log_every=self.log_every,
             elapsed=self.elapsed,
             model_step=self.history.last_step if model_step is None else model_step,
-            mfu=self.mfu(tokens_per_second(steps)),
+            flops=self._tokens * self.flops_per_token if self.flops_per_token else None,
+            mfu=self.mfu(tokens_per_second(self.history.steps)),
             counts=self.counts,
-            diagnoses=list(self._diagnoses.values()),
+            diagnoses=self._diagnoses,
             warnings=self.warnings,
             notes=self.notes,
             outcome=self.outcome,
@@ -261,10 +264,11 @@ class Report:
     def _look(self) -> None:
         """Diagnose, and say what is new."""
         self._next_look = self.history.last_step + max(1, self.total_steps // LOOKS)
-        for diagnosis in diagnose(self.history, self.counts, total_steps=self.total_steps):
-            if diagnosis.kind not in self._diagnoses:
-                self.display.warn(diagnosis.message)
-            self._diagnoses[diagnosis.kind] = diagnosis
+        self._diagnoses = diagnose(self.history, self.counts, total_steps=self.total_steps)
+        for diagnosis in self._diagnoses:
+            if diagnosis.kind not in self._said:
+                self._said.add(diagnosis.kind)
+                (self.display.warn if diagnosis.level == "warning" else self.display.say)(diagnosis.message)
 
     def _track(self, numbers: Mapping[str, float], step: int) -> None:
         for tracker in self.trackers:

@@ -1,114 +1,229 @@
-"""The files a finished run leaves for people and their scripts: results as JSON, trainer_state.json, the plots and
-report.md. Names and keys are those of Hugging Face's Trainer and LLaMA-Factory where they have one."""
+"""What a finished run leaves for people: report.md, the plots, and the tables of before and after."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
+import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
+from rich.text import Text
 
 from tunery.diagnose import DataCounts, Diagnosis
-from tunery.files import write_json
-from tunery.history import History, Step
+from tunery.files import write_json, write_text
+from tunery.plots import plot_eval_loss, plot_training_loss
+from tunery.progress import clock_text, human
+from tunery.results import Facts, Outcome, eval_results, outcome_results, perplexity, train_results, trainer_state
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Held-out scores by generation, name -> value, and rows {prompt, label, before, after}."""
-
-    before: Mapping[str, float]
-    after: Mapping[str, float]
-    samples: Sequence[Mapping[str, str]]
-
-
-@dataclass(slots=True)
-class Facts:
-    """All that the files tell of. `elapsed` seconds from start to end; `model_step` the step whose weights the run
-    ended with; `job` the resolved configuration; `versions` library -> version."""
-
-    history: History
-    total_steps: int
-    total_epochs: float
-    elapsed: float
-    model_step: int
-    mfu: float | None = None
-    counts: DataCounts | None = None
-    diagnoses: Sequence[Diagnosis] = ()
-    warnings: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    outcome: Outcome | None = None
-    job: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def window_means(steps: Sequence[Step]) -> dict[str, float]:
-    """The exact mean loss and metrics over several steps: sums over sums, never an average of averages."""
-    weight = math.fsum(step.weight for step in steps)
-    means = {"loss": math.fsum(step.loss * step.weight for step in steps) / weight if weight else math.nan}
-    for name in dict.fromkeys(name for step in steps for name in step.metrics):
-        pairs = [step.metrics[name] for step in steps if name in step.metrics]
-        total = math.fsum(pair[1] for pair in pairs)
-        means[name] = math.fsum(pair[0] for pair in pairs) / total if total else math.nan
-    return means
-
-
-def tokens_per_second(steps: Sequence[Step]) -> float:
-    """Real tokens per second of training: the time of evaluating and saving is left out."""
-    seconds = math.fsum(step.seconds for step in steps)
-    return sum(step.tokens for step in steps) / seconds if seconds > 0 else 0.0
-
-
-def results(facts: Facts) -> tuple[dict[str, Any], dict[str, Any]]:
-    """train_results.json and eval_results.json. Rates are over the whole run time, evaluation included, as in
-    Hugging Face's Trainer; `train_steps_seconds` is the time in steps alone."""
-    steps, seconds = facts.history.steps, max(facts.elapsed, 1e-9)
-    epoch = round(steps[-1].epoch, 4) if steps else 0.0
-    train = {
-        "epoch": epoch,
-        "train_loss": window_means(steps)["loss"] if steps else math.nan,
-        "train_runtime": round(facts.elapsed, 4),
-        "train_samples_per_second": round(sum(step.examples for step in steps) / seconds, 3),
-        "train_steps_per_second": round(len(steps) / seconds, 3),
-        "train_tokens_per_second": round(sum(step.tokens for step in steps) / seconds, 3),
-        "train_steps_seconds": round(math.fsum(step.seconds for step in steps), 4),
-        "num_input_tokens_seen": sum(step.tokens for step in steps),
-    }
-    evaluation = facts.history.evaluation_at(facts.model_step)
-    if evaluation is None:
-        return train, {}
-    return train, {
-        "epoch": round(evaluation.epoch, 4),
-        "eval_loss": evaluation.eval_loss,
-        "eval_perplexity": perplexity(evaluation.eval_loss),
-        **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
-    }
-
-
-def perplexity(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+LIBRARIES = ("tunery", "torch", "transformers", "tokenizers", "peft", "accelerate", "datasets")
+LONGEST_CELL = 600  # characters of a sample that are shown; what is left out is counted beside it
 
 
 def write_run_folder(
     folder: Path, facts: Facts, train_metrics: Mapping[str, Any], eval_metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write everything; give back what all_results.json holds."""
-    train, evaluation = results(facts)
-    train |= train_metrics
-    evaluation |= eval_metrics
+    """Write train_results.json, eval_results.json, all_results.json, trainer_state.json, training_loss.png,
+    training_eval_loss.png and report.md; each whole or not at all. Gives back what all_results.json holds."""
+    train = train_results(facts) | dict(train_metrics)
+    evaluation = eval_results(facts) | dict(eval_metrics)
+    everything = {**train, **evaluation, **outcome_results(facts.outcome)}
     write_json(folder / "train_results.json", train)
     if evaluation:
         write_json(folder / "eval_results.json", evaluation)
-    everything = {**train, **evaluation}
     write_json(folder / "all_results.json", everything)
+    write_json(folder / "trainer_state.json", trainer_state(facts, train))
+    plots = (("training_loss.png", plot_training_loss), ("training_eval_loss.png", plot_eval_loss))
+    drawn = [name for name, draw in plots if draw(facts.history, folder / name)]
+    write_text(folder / "report.md", page(folder.resolve().name, facts, drawn))
     return everything
 
 
+def library_versions() -> dict[str, str]:
+    """Python's and the installed libraries' versions."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# ------------------------------------------------------------ report.md
+
+
+def page(name: str, facts: Facts, plots: Sequence[str]) -> str:
+    """report.md of the run `name`, with the pictures `plots` (file names beside it)."""
+    sections = [
+        f"# {_plain(name)}\n",
+        _summary(facts),
+        _remarks(facts),
+        _outcome(facts.outcome),
+        "".join(f"![{plot.removesuffix('.png').replace('_', ' ')}]({plot})\n\n" for plot in plots).rstrip("\n"),
+        _evaluations(facts),
+        _data(facts.counts),
+        _timing(facts),
+        _config(facts.job),
+        "## Versions\n\n" + _table(["library", "version"], list(facts.versions.items())) if facts.versions else "",
+    ]
+    return "\n\n".join(section.rstrip("\n") for section in sections if section) + "\n"
+
+
+def _summary(facts: Facts) -> str:
+    history, lines = facts.history, []
+    losses = [step.loss for step in history.steps if math.isfinite(step.loss)]
+    tokens = sum(step.tokens for step in history.steps)
+    lines.append(
+        f"- {history.last_step:,} of {facts.total_steps:,} optimizer steps, "
+        f"{history.steps[-1].epoch if history.steps else 0:.2f} epochs, {tokens:,} tokens, {clock_text(facts.elapsed)}"
+    )
+    if losses:
+        edge = max(1, min(10, len(losses) // 10))
+        start, end = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
+        lines.append(f"- training loss {start:.4f} → {end:.4f}" + (f" (means of {edge} steps)" if edge > 1 else ""))
+    if history.evaluations:
+        first, last, best = history.evaluations[0], history.evaluations[-1], history.best
+        lines.append(
+            f"- held-out loss {first.eval_loss:.4f} (step {first.step}) → {last.eval_loss:.4f} (step {last.step})"
+            + (f", best {best.eval_loss:.4f} (step {best.step})" if best and best is not last else "")
+        )
+    lines.append(f"- the run ends with the weights of step {facts.model_step:,}")
+    return "\n".join(lines)
+
+
+def _remarks(facts: Facts) -> str:
+    grave = [diagnosis for diagnosis in facts.diagnoses if diagnosis.level == "warning"]
+    mild = [diagnosis for diagnosis in facts.diagnoses if diagnosis.level == "note"]
+    warnings = [_remark(diagnosis) for diagnosis in grave] + [f"- {_plain(text)}" for text in facts.warnings]
+    notes = [_remark(diagnosis) for diagnosis in mild] + [f"- {_plain(text)}" for text in facts.notes]
+    parts = ["## Warnings\n\n" + ("\n".join(warnings) if warnings else "None.")]
+    if notes:
+        parts.append("## Notes\n\n" + "\n".join(notes))
+    return "\n\n".join(parts)
+
+
+def _remark(diagnosis: Diagnosis) -> str:
+    return f"- **{diagnosis.kind}**: {_plain(diagnosis.message)}"
+
+
+def _outcome(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return ""
+    scores = _table(["held-out score", "before", "after", "change"], [list(row) for row in _score_rows(outcome)])
+    if not outcome.samples:
+        return f"## Before and after\n\n{scores}"
+    rows = [[_clip(str(sample.get(name, ""))) for name in _SAMPLE] for sample in outcome.samples]
+    return f"## Before and after\n\n{scores}\n\n" + _table(list(_SAMPLE), rows)
+
+
+def _evaluations(facts: Facts) -> str:
+    evaluations = facts.history.evaluations
+    if not evaluations:
+        return ""
+    names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
+    rows = [
+        [
+            evaluation.step,
+            f"{evaluation.epoch:.2f}",
+            f"{evaluation.eval_loss:.4f}",
+            score(perplexity(evaluation.eval_loss)),
+        ]
+        + [score(evaluation.metrics[name]) if name in evaluation.metrics else "" for name in names]
+        for evaluation in evaluations
+    ]
+    return "## Evaluations\n\n" + _table(["step", "epoch", "loss", "perplexity", *names], rows)
+
+
+def _data(counts: DataCounts | None) -> str:
+    if counts is None:
+        return ""
+    rows: list[list[Any]] = [
+        ["rows read", f"{counts.read:,}"],
+        ["rows trained on", f"{counts.used:,}"],
+        *([f"refused: {reason}", f"{rows:,}"] for reason, rows in sorted(counts.refused.items(), key=lambda x: -x[1])),
+        ["rows truncated", f"{counts.truncated:,}"],
+        ["tokens in an epoch", f"{counts.tokens:,}"],
+        ["of them trained on", f"{counts.labelled:,} ({counts.labelled / max(1, counts.tokens):.1%})"],
+        ["rows held out", f"{counts.eval_rows:,}"],
+    ]
+    return "## Data\n\n" + _table(["", "count"], rows)
+
+
+def _timing(facts: Facts) -> str:
+    results = train_results(facts)
+    inside = results["train_steps_seconds"]
+    rows = [
+        ["whole run", clock_text(facts.elapsed)],
+        ["in training steps", clock_text(inside)],
+        ["evaluating, saving and the rest", clock_text(facts.elapsed - inside)],
+        ["real tokens per second of training", human(results["tokens_per_second"])],
+    ]
+    if facts.mfu is not None:
+        rows.append(["model FLOPs utilisation (MFU)", f"{facts.mfu:.1%}"])
+    return "## Time\n\n" + _table(["", "value"], rows)
+
+
+def _config(job: Mapping[str, Any]) -> str:
+    if not job:
+        return ""
+    text = yaml.safe_dump(dict(job), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return f"## Configuration\n\n```yaml\n{text}```"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *([_plain(str(value)) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, in a table's cell too."""
+    for sign in "\\`*_[]<>|#":
+        text = text.replace(sign, "\\" + sign)
+    return text.replace("\r", "").replace("\n", "<br>")
+
+
+# ------------------------------------------------------------ before and after
+
+_SAMPLE = ("prompt", "label", "before", "after")
+
+
 def comparison_tables(outcome: Outcome) -> list[Table]:
-    return []
+    """The scores, and the samples side by side, for the terminal."""
+    scores = Table(title="Held-out score, before and after", title_justify="left")
+    scores.add_column("")
+    for name in ("before", "after", "change"):
+        scores.add_column(name, justify="right")
+    for row in _score_rows(outcome):
+        scores.add_row(*(Text(cell) for cell in row))
+    if not outcome.samples:
+        return [scores]
+    samples = Table(title="Examples", title_justify="left", show_lines=True)
+    for name in _SAMPLE:
+        samples.add_column(name, overflow="fold", ratio=1)
+    for sample in outcome.samples:
+        samples.add_row(*(Text(_clip(str(sample.get(name, "")), 300)) for name in _SAMPLE))
+    return [scores, samples]
+
+
+def _score_rows(outcome: Outcome) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for name in dict.fromkeys([*outcome.before, *outcome.after]):
+        before, after = outcome.before.get(name), outcome.after.get(name)
+        change = "" if before is None or after is None else f"{after - before:+.4g}"
+        rows.append((name, score(before), score(after), change))
+    return rows
+
+
+def score(value: float | None) -> str:
+    """A score in about four digits: 0.9125, 57.31, 1280; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _clip(text: str, longest: int = LONGEST_CELL) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
