@@ -14,8 +14,8 @@ from tunery.types import Message
 
 
 def train(config: str | Path | Mapping[str, Any] | Job, *overrides: str, console: Any = None) -> Result:
-    """Train from a YAML or JSON file, a mapping of the same shape, or a Job. `overrides` are "key.sub=value" words as on
-    the command line. Returns the Result: the run folder `output`, its `metrics` (all_results.json) and the `step`
+    """Train from a YAML or JSON file, a mapping of the same shape, or a Job. `overrides` are "key.sub=value" words as
+    on the command line. Returns the Result: the run folder `output`, its `metrics` (all_results.json) and the `step`
     whose weights it holds. Raises ConfigError, DataError, ModelError and the other errors of tunery.errors."""
     return run_job(load_job(config, overrides), console)
 

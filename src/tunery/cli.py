@@ -238,7 +238,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    show: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show and exit")] = False,
+    show: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show and exit")
+    ] = False,
 ) -> None: ...
 
 

@@ -90,8 +90,9 @@ class _KindSchema:
         return {"anyOf": options}
 
 
-def kind_field(folder: str, key: str) -> Any:
-    """The type of a config field that is a kind: accepts "name" or {kind: name, ...}, holds the module's Config."""
+def kind_field(folder: str, key: str, default: str) -> Any:
+    """The type of a config field that is a kind: accepts "name" or {kind: name, ...} (without kind: the default one),
+    holds the module's Config."""
 
     def resolve(value: Any) -> KindConfig:
         if isinstance(value, KindConfig):
@@ -100,8 +101,9 @@ def kind_field(folder: str, key: str) -> Any:
             value = {"kind": value}
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key}: expected a name or a mapping with a kind, got {value!r}")
-        if not isinstance(value.get("kind"), str):
-            raise ConfigError(f"{key}: 'kind' is missing (known: {', '.join(kinds(folder))})")
+        value = {"kind": default, **value}
+        if not isinstance(value["kind"], str):
+            raise ConfigError(f"{key}.kind: expected one of {', '.join(kinds(folder))}, got {value['kind']!r}")
         try:
             module = load_kind(folder, value["kind"])
         except ConfigError as error:

@@ -86,7 +86,11 @@ def keep_failure(
     the caller, as in a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save([_as_dict(batch) for batch in batches], folder / BATCHES)
-    record = {"step": step, "findings": [asdict(f) for f in findings], "origins": {str(k): v for k, v in origins.items()}}
+    record = {
+        "step": step,
+        "findings": [asdict(f) for f in findings],
+        "origins": {str(k): v for k, v in origins.items()},
+    }
     (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
@@ -115,5 +119,7 @@ def explain(step: int, findings: Sequence[Finding], origins: dict[int, str], run
         lines.append(f"  {finding}; rows: {rows}{more}")
     if all(f.module is None for f in findings):
         lines.append("  every stream is finite alone: their sum overflowed; try a lower learning rate or max_grad_norm")
-    lines.append(f"  run `tunery replay {run}` to see it again; usual causes: a learning rate too high, float16 weights")
+    lines.append(
+        f"  run `tunery replay {run}` to see it again; usual causes: a learning rate too high, float16 weights"
+    )
     return "\n".join(lines)

@@ -69,9 +69,9 @@ class Job(Config):
 
     model: ModelField = Field(ModelConfig(), description="the base model")
     data: DataConfig = Field(DataConfig(), description="the rows")
-    objective: kind_field("objectives", "objective") = Field("sft", description="what is optimised")  # type: ignore
-    adapter: kind_field("adapters", "adapter") = Field("lora", description="which parameters train")  # type: ignore
-    optimizer: kind_field("optimizers", "optimizer") = Field("adamw", description="how they move")  # type: ignore
+    objective: kind_field("objectives", "objective", "sft") = Field("sft", description="what is optimised")  # type: ignore
+    adapter: kind_field("adapters", "adapter", "lora") = Field("lora", description="which parameters train")  # type: ignore
+    optimizer: kind_field("optimizers", "optimizer", "adamw") = Field("adamw", description="how they move")  # type: ignore
     schedule: Annotated[ScheduleConfig, BeforeValidator(_name)] = Field(
         ScheduleConfig(), description="learning rate over time"
     )

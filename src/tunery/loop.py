@@ -17,13 +17,16 @@ from tunery import checkpoint, guard
 from tunery.data.loader import evaluation_streams
 from tunery.data.store import TokenStore
 from tunery.engine import Engine
-from tunery.errors import NonFiniteError, TuneryError
+from tunery.errors import ModelError, NonFiniteError, TuneryError
 from tunery.evaluate.loss import evaluate
+from tunery.evaluate.showcase import Showcase
+from tunery.export.verify import compare, probe_logits, probes
 from tunery.flops import cost_of, flops_per_token, peak_flops
 from tunery.job import Job
+from tunery.models.load import load_model
+from tunery.models.target import load_adapter
 from tunery.report import NullReport, Report
 from tunery.schedule import factor
-from tunery.evaluate.showcase import Showcase
 from tunery.setup import Run, base_name, data_counts, is_finished, resolve, save_tokenizer, set_up
 
 
@@ -50,6 +53,8 @@ def run_job(job: Job, console: Any = None) -> Result:
         if is_finished(resolve(job, engine), Path(job.output)):
             return Result(Path(job.output), already_finished=True)
         run = set_up(job, engine, console)
+        if console is not None and engine.is_main:
+            run.data.report.print(console)
         with _make_report(run, console) as report:
             return _train(run, report)
     finally:
@@ -141,9 +146,7 @@ def _fail(run: Run, step: int, micro: list[Any]) -> None:
     """Stop before the update: say what was not finite and keep what replays it."""
     run.optimizer.zero_grad(set_to_none=True)
     seed = run.job.train.seed
-    findings = guard.investigate(
-        run.model, run.objective, run.policy, micro, lambda: run.engine.seed(seed, step)
-    )
+    findings = guard.investigate(run.model, run.objective, run.policy, micro, lambda: run.engine.seed(seed, step))
     origins = {row: origin(run, row) for finding in findings for row in finding.rows}
     folder = run.output / f"failure-step-{step + 1}"
     if run.engine.is_main:
@@ -195,10 +198,27 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
     if run.engine.is_main:
         run.adapter.finish(run.model, run.output, base_name(run.job.model), run.base_dtype)
         save_tokenizer(run, run.output)
+        if run.adapter.changes_base:
+            _compare_saved(run, report)
     run.engine.barrier()
     showcase.after()
     metrics = report.finish(model_step=final)
     return Result(run.output, metrics, final)
+
+
+def _compare_saved(run: Run, report: Report | NullReport) -> None:
+    """The saved adapter on a fresh base must be the model in memory. Raises ModelError otherwise."""
+    streams = probes(run.policy.causal.config.get_text_config().vocab_size)
+    trained = probe_logits(run.model, streams)
+    base = run.job.model.model_copy(update={"name": base_name(run.job.model)})
+    fresh = load_adapter(load_model(base, run.engine.dtype, run.engine.device), run.output)
+    check = compare(probe_logits(fresh, streams), trained, run.engine.dtype)
+    if not check.passed:
+        raise ModelError(
+            f"{run.output}: the saved adapter on its base gives other logits than the trained model (relative error "
+            f"{check.error:.2g}, allowed {check.tolerance:.2g}); the checkpoints are as they were trained"
+        )
+    report.note(f"the saved adapter was compared on the original base: relative logit error {check.error:.1g}")
 
 
 def _interval(value: int | float | None, run: Run, default: int) -> int:
@@ -236,7 +256,9 @@ def _make_report(run: Run, console: Any) -> Report | NullReport:
     cost = None
     if lengths is not None and len(lengths):
         labelled = float(run.data.train.labelled.sum() / lengths.sum())
-        cost = flops_per_token(cost_of(run.model), labelled=labelled, mean_length=float((lengths**2).sum() / lengths.sum()))
+        cost = flops_per_token(
+            cost_of(run.model), labelled=labelled, mean_length=float((lengths**2).sum() / lengths.sum())
+        )
     report = Report(
         run.output, job.report, total_steps=run.total_steps, total_epochs=run.loader.epoch_at(run.total_steps),
         start_step=run.start, log_every=job.train.log_every, flops_per_token=cost,

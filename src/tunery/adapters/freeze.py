@@ -25,6 +25,7 @@ class Adapter:
     """`whole`: a checkpoint holds the whole model. Trained parameters are float32, frozen ones stay as loaded."""
 
     whole = True
+    changes_base = False
     default_lr = 2e-5
 
     def __init__(self, config: Config):

@@ -19,6 +19,7 @@ class Adapter:
     """`whole`: a checkpoint holds the whole model, and that is what a resume loads in place of the base."""
 
     whole = True
+    changes_base = False
     default_lr = 2e-5
 
     def __init__(self, config: Config):

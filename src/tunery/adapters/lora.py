@@ -33,7 +33,9 @@ class Config(KindConfig):
     dora: bool = Field(False, description="direction and magnitude apart (arXiv:2402.09353)")
     init: Literal["default", "pissa"] = Field("default", description="pissa: from the principal singular vectors")
     pissa_iter: int = Field(16, ge=-1, description="power iterations of PiSSA's fast SVD; -1: exact SVD")
-    loraplus_ratio: float | None = Field(None, gt=0, description="LoRA+: B learns this many times faster than A; 16 is usual")
+    loraplus_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: B learns this many times faster than A; 16 is usual"
+    )
 
     @model_validator(mode="after")
     def _together(self) -> Config:
@@ -92,6 +94,11 @@ class Adapter:
         result = set_peft_model_state_dict(model, saved)
         if result.unexpected_keys:
             raise ModelError(f"{folder}: its weights do not fit this model: {result.unexpected_keys[:3]}")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the model in memory has another base than what is saved is for, so that the two must be compared."""
+        return bool(self._pissa_start)
 
     def lr_scale(self, name: str) -> float:
         """LoRA+ (Hayou et al., arXiv:2402.12354): B's learning rate is a multiple of A's."""

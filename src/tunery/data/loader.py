@@ -17,10 +17,11 @@ from tunery.types import Batch, Tokens
 class Store(Protocol):
     """Tokenised examples held in memory or mapped from disk (data/store.py)."""
 
-    lengths: np.ndarray
+    @property
+    def lengths(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
-    def sequences(self, index: int) -> list[Tokens]: ...
+    def sequences(self, number: int, /) -> list[Tokens]: ...
 
 
 class Stream(Protocol):

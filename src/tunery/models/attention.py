@@ -61,7 +61,7 @@ def packed_attention(
                 max_length_q = int(cu_seq_lens_q.diff().max())
             window = (sliding_window - 1 if sliding_window else -1, 0)
             return fused(q_THD, k_THD, v_THD, cu_seq_lens_q, max_length_q, scale, window)[None], None
-    bounds = cu_seq_lens_q.tolist()
+    bounds: list[int] = cu_seq_lens_q.tolist()
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # repeated once for the whole stream: per-sequence grouped attention is slower on a CPU
         key = key.repeat_interleave(groups, dim=1)
