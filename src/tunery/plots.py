@@ -51,7 +51,7 @@ def plot_eval_loss(history: History, path: Path) -> bool:
         (best.step, best.eval_loss),
         xytext=(0, 14),
         textcoords="offset points",
-        ha="center",
+        ha="right" if best.step == points[-1].step else "center",
         fontsize=9,
         color=ORANGE,
         bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
@@ -98,7 +98,7 @@ def _figure(title: str) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per trained token)")
+    axes.set_ylabel("loss")
     axes.grid(True, color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -10,17 +10,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from tunery.diagnose import DataCounts, Diagnosis, diagnose
 from tunery.history import Evaluation, LineFile, Step, read_history, tokens_per_second, window_means
-from tunery.job import ReportConfig
 from tunery.progress import Display, Reading, clock_text
 from tunery.results import Facts, Outcome
 from tunery.run_report import comparison_tables, library_versions, write_run_folder
 from tunery.trackers import Tracker, make_trackers
+
+if TYPE_CHECKING:
+    from tunery.job import ReportConfig
 
 LOOKS = 50  # times per run that the whole history is diagnosed, so that looking stays cheap however long the run is
 
@@ -57,6 +59,7 @@ class Report:
         self.output, self.total_steps, self.total_epochs = Path(output), total_steps, total_epochs
         self.log_every, self.flops_per_token, self.peak_flops = log_every, flops_per_token, peak_flops
         self.job, self.counts, self.versions = dict(job or {}), counts, dict(versions or library_versions())
+        self.trackers = make_trackers(config, self.output, start_step, self.job) if trackers is None else list(trackers)
         self.warnings: list[str] = []
         self.notes: list[str] = []
         self.outcome: Outcome | None = None
@@ -70,10 +73,10 @@ class Report:
         self._diagnoses: list[Diagnosis] = []
         self._said: set[str] = set()
         self._next_look = start_step
-        self.trackers = make_trackers(config, self.output, start_step, self.job) if trackers is None else list(trackers)
         self._clock = clock
         self._elapsed_before = self.history.elapsed
         self._began = self._last = clock()
+        self._look()
 
     def __enter__(self) -> Report:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ def write_run_folder(
     evaluation = eval_results(facts) | dict(eval_metrics)
     everything = {**train, **evaluation, **outcome_results(facts.outcome)}
     write_json(folder / "train_results.json", train)
+    plots = {"training_loss.png": plot_training_loss, "training_eval_loss.png": plot_eval_loss}
+    for name in ("eval_results.json", *plots):  # an earlier run's would tell of another model
+        (folder / name).unlink(missing_ok=True)
     if evaluation:
         write_json(folder / "eval_results.json", evaluation)
     write_json(folder / "all_results.json", everything)
     write_json(folder / "trainer_state.json", trainer_state(facts, train))
-    plots = (("training_loss.png", plot_training_loss), ("training_eval_loss.png", plot_eval_loss))
-    drawn = [name for name, draw in plots if draw(facts.history, folder / name)]
+    drawn = [name for name, draw in plots.items() if draw(facts.history, folder / name)]
     write_text(folder / "report.md", page(folder.resolve().name, facts, drawn))
     return everything
 
@@ -125,16 +128,11 @@ def _evaluations(facts: Facts) -> str:
     if not evaluations:
         return ""
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
-    rows = [
-        [
-            evaluation.step,
-            f"{evaluation.epoch:.2f}",
-            f"{evaluation.eval_loss:.4f}",
-            score(perplexity(evaluation.eval_loss)),
-        ]
-        + [score(evaluation.metrics[name]) if name in evaluation.metrics else "" for name in names]
-        for evaluation in evaluations
-    ]
+    rows = []
+    for evaluation in evaluations:
+        loss, metrics = evaluation.eval_loss, evaluation.metrics
+        row = [evaluation.step, f"{evaluation.epoch:.2f}", f"{loss:.4f}", score(perplexity(loss))]
+        rows.append(row + [score(metrics.get(name)) for name in names])
     return "## Evaluations\n\n" + _table(["step", "epoch", "loss", "perplexity", *names], rows)
 
 
@@ -181,8 +179,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, in a table's cell too."""
-    for sign in "\\`*_[]<>|#":
-        text = text.replace(sign, "\\" + sign)
+    text = re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w)|^#)", r"\\\1", text, flags=re.MULTILINE)
     return text.replace("\r", "").replace("\n", "<br>")
 
 

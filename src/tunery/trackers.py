@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunery.errors import MissingExtraError
-from tunery.job import ReportConfig
+
+if TYPE_CHECKING:
+    from tunery.job import ReportConfig
 
 Loader = Callable[[str], Any]
 
