@@ -132,7 +132,7 @@ def _merge(model: Any) -> PreTrainedModel:
     base = model.get_base_model()
     output = _unwrapped(base.get_output_embeddings())
     source = _unwrapped(base.get_input_embeddings())
-    tied = output is not None and source.weight is output.weight
+    tied = getattr(output, "weight", None) is source.weight
     if tied:
         output.weight = nn.Parameter(output.weight.detach().clone())
     merged = model.merge_and_unload(safe_merge=True)

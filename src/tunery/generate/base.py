@@ -26,17 +26,19 @@ class Sampling(Config):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to answer: a conversation (with the tools offered), or the prompt's token `ids` themselves."""
+    """What to answer: a conversation (with the tools offered), or the prompt's token `ids` themselves. `number` goes
+    into the Completion's `index` and, with the seed, decides its random numbers; by default the place in the list."""
 
     messages: Sequence[Message] = ()
     tools: list[dict[str, Any]] | None = None
     ids: Sequence[int] | None = None
+    number: int | None = None
 
 
 class Generator(Protocol):
     """Answers requests."""
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """One Completion for each request, in the order they finish; `Completion.index` is the request's number.
+        """One Completion for each request, in the order they finish; `Completion.index` tells which.
         A request's answer depends on the request, its number and the sampling, not on its neighbours in a batch."""
         ...

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from tunery.errors import ModelError
 from tunery.generate.base import Request, Sampling
 from tunery.generate.detokenize import TextStream, decode
-from tunery.types import Completion
+from tunery.types import Completion, Message
 
 MAX_ROWS = 256
 
@@ -152,8 +152,10 @@ class HFGenerator:
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Completions as their batches finish, longest prompts first (so that what does not fit shows at once).
         Raises ModelError naming the request for a prompt that does not fit the model's context."""
-        prompts = self.prompts(list(requests))
-        pending = self._batches([self._row(i, ids, sampling) for i, ids in enumerate(prompts)])[::-1]
+        asked = list(requests)
+        numbers = [i if request.number is None else request.number for i, request in enumerate(asked)]
+        rows = [self._row(i, ids, sampling) for i, ids in zip(numbers, self.prompts(asked), strict=True)]
+        pending = self._batches(rows)[::-1]
         while pending:
             rows = pending.pop()
             try:
@@ -232,7 +234,10 @@ class HFGenerator:
         if row.stream is None:
             ended = row.finish == "stop"
             row.text = decode(self.tokenizer, row.ids[:-1] if ended else row.ids)
-        message = self.template.parse(row.ids) if self.template is not None else None
+        message = None
+        if self.template is not None:
+            cut = row.stream is not None and row.finish == "stop" and row.ids[-1] not in self.end_ids
+            message = Message("assistant", row.text) if cut else self.template.parse(row.ids)
         return Completion(row.index, row.ids, row.text, row.finish, message)
 
     # ------------------------------------------------------------ the loop

@@ -1,0 +1,267 @@
+"""Answers to a whole file, written as rows {"prompt", "predict", "label"}, with their scores beside them.
+
+What is asked of a row is its conversation up to its last assistant turn, and that turn is the label; a row that ends
+with a question, or whose answer is empty, is answered without being scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunery.config import validate
+from tunery.data.examples import read_examples
+from tunery.data.render import RowRefused
+from tunery.data.report import RefusedRow, SourceReport
+from tunery.data.sources import Source, locate
+from tunery.errors import DataError
+from tunery.evaluate.text import score
+from tunery.files import json_line, write_json, write_text
+from tunery.generate.base import Request, Sampling
+from tunery.generate.hf import HFGenerator
+from tunery.models.target import Loaded, Target, load_target
+from tunery.types import Completion, Example, Message, Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row to answer: `ids` the prompt's tokens, `label` the answer in the data (None where there is none)."""
+
+    ids: list[int]
+    label: str | None
+
+
+def predict(
+    target: str | Path,
+    data: str | Path | Mapping[str, Any],
+    out: str | Path,
+    sampling: Sampling | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    template: str | None = None,
+    batch_tokens: int = 16384,
+    dataset_dir: str | None = None,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Answers the rows of `data` (a path, hub name, dataset_info.json name, or a source as in the `data:` section) with
+    `target`; writes them to `out` in the data's order, and `<out without extension>.scores.json`. Returns the scores:
+    those of evaluate.text.score over the rows that have a label, "answered", "refused" (rows that cannot be used) and
+    "cut" (answers that ended at max_new_tokens).
+
+    Until all rows are answered they gather in `<out>.partial`. With `resume` an interrupted run of the same target,
+    data and sampling goes on from there, and a finished one is not done again. Raises DataError where `<out>.partial`
+    belongs to another run or no row can be used, ModelError for the target."""
+    out = Path(out)
+    sampling = sampling or Sampling()
+    loaded = load_target(target, dtype=dtype, device=device, template=template)
+    generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template, batch_tokens=batch_tokens)
+    values = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
+    questions, refused, rows = _read(validate(Source, values), dataset_dir, generator)
+    settings = _settings(loaded, questions, sampling)
+    scores_path = out.with_name(f"{out.stem}.scores.json")
+    if resume and out.is_file() and (done := _finished(scores_path, settings)):
+        return done
+    partial = out.with_name(out.name + ".partial")
+    answers = _begin(partial, settings, resume)
+    missing = [i for i in range(len(questions)) if i not in answers]
+    requests = [Request(ids=questions[i].ids, number=i) for i in missing]
+    with partial.open("a", encoding="utf-8") as file:
+        for completion in _shown(generator.generate(requests, sampling), len(questions), len(answers)):
+            answer = {"predict": answer_text(completion), "finish": completion.finish}
+            answers[completion.index] = answer
+            file.write(json_line({"index": completion.index, **answer}))
+            file.flush()
+    ordered = [answers[i] for i in range(len(questions))]
+    write_text(out, "".join(json_line(row) for row in _rows(questions, ordered, loaded.tokenizer)))
+    labelled = [(a["predict"], q.label) for q, a in zip(questions, ordered, strict=True) if q.label is not None]
+    scores = score(*zip(*labelled, strict=True)) if labelled else {}  # type: ignore[arg-type]
+    result = {
+        **scores,
+        "answered": len(questions),
+        "refused": rows - len(questions),
+        "cut": sum(answer["finish"] == "length" for answer in ordered),
+    }
+    write_json(scores_path, {**result, "reasons": dict(Counter(r.reason for r in refused)), "settings": settings})
+    partial.unlink()
+    return result
+
+
+def answer(
+    generator: HFGenerator, examples: Sequence[Example], sampling: Sampling
+) -> list[dict[str, str | None] | Refused]:
+    """The row {"prompt", "predict", "label"} of each example (label None where it has none), or why it has none."""
+    asked = [question(example, generator) for example in examples]
+    requests = [Request(ids=q.ids, number=i) for i, q in enumerate(asked) if isinstance(q, Question)]
+    found = {completion.index: completion for completion in generator.generate(requests, sampling)}
+    return [
+        q
+        if isinstance(q, Refused)
+        else {"prompt": _text(generator.tokenizer, q.ids), "predict": answer_text(found[i]), "label": q.label}
+        for i, q in enumerate(asked)
+    ]
+
+
+# ---------------------------------------------------------------- from a row to a question
+
+
+def question(example: Example, generator: HFGenerator) -> Question | Refused:
+    """What to ask of an example, or why nothing can be asked."""
+    if example.text is not None:
+        return Refused("plain text", "there is no question in it")
+    if example.media:
+        return Refused("media not supported", "the row has images, video or audio")
+    messages = list(example.messages)
+    label = None
+    if messages and messages[-1].role == "assistant":
+        label = message_text(messages.pop())
+    if not messages:
+        return Refused("no question", "nothing comes before the answer")
+    try:
+        (ids,) = generator.prompts([Request(messages, example.tools)])
+    except RowRefused as refused:
+        return refused.refused
+    if generator.context is not None and len(ids) >= generator.context:
+        return Refused("prompt too long", f"{len(ids)} tokens; the model's context is {generator.context}")
+    return Question(ids, label or None)
+
+
+def message_text(message: Message) -> str:
+    """An answer as text: its content, then its tool calls as a line of JSON each. Reasoning is not part of it."""
+    calls = [
+        json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False, sort_keys=True)
+        for call in message.tool_calls
+    ]
+    return "\n".join([*([message.content] if message.content or not calls else []), *calls])
+
+
+def answer_text(completion: Completion) -> str:
+    """What was generated, in the same form as the label."""
+    return completion.text if completion.message is None else message_text(completion.message)
+
+
+def _read(
+    source: Source, dataset_dir: str | None, generator: HFGenerator
+) -> tuple[list[Question], list[RefusedRow], int]:
+    """The questions of a source, the rows that give none (which are shown), and the number of rows."""
+    report = SourceReport("data", source.path)
+    questions: list[Question] = []
+    refused: list[RefusedRow] = []
+    rows = 0
+    for file, row, example in read_examples(locate(source, "data", dataset_dir), report):
+        rows += 1
+        asked = example if isinstance(example, Refused) else question(example, generator)
+        if isinstance(asked, Refused):
+            refused.append(RefusedRow(file, row, asked.reason, asked.detail, 0))
+        else:
+            questions.append(asked)
+    if refused:
+        lines = [f"{len(refused):,} of {rows:,} rows of {source.path} cannot be answered:"]
+        lines += [f"  {row}" for row in refused[:5]] + (["  ..."] if len(refused) > 5 else [])
+        if not questions:
+            raise DataError("\n".join(lines))
+        print("\n".join(lines), file=sys.stderr)
+    return questions, refused, rows
+
+
+def _rows(questions: Sequence[Question], answers: Sequence[dict[str, Any]], tokenizer: Any) -> Iterator[dict[str, str]]:
+    for asked, given in zip(questions, answers, strict=True):
+        yield {"prompt": _text(tokenizer, asked.ids), "predict": given["predict"], "label": asked.label or ""}
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """A prompt as text, special tokens included."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------- going on after an interruption
+
+
+def _settings(loaded: Loaded, questions: Sequence[Question], sampling: Sampling) -> dict[str, Any]:
+    """What the answers depend on; a partial file goes on only under the same."""
+    asked = hashlib.sha256(json.dumps([[q.ids, q.label] for q in questions]).encode()).hexdigest()[:16]
+    return {
+        "target": loaded.target.name,
+        "weights": _stamp(loaded.target),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "questions": asked,
+        **sampling.model_dump(mode="json"),
+    }
+
+
+def _stamp(target: Target) -> str:
+    """Tells one training of a folder from the next: names, sizes and times of its weight files."""
+    folders = [folder for folder in (target.adapter, Path(target.base.name)) if folder is not None and folder.is_dir()]
+    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([seen, target.base.revision]).encode()).hexdigest()[:16]
+
+
+def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The scores of a finished run under the same settings."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if values.pop("settings", None) != settings:
+        return None
+    values.pop("reasons", None)
+    return values
+
+
+def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> dict[int, dict[str, Any]]:
+    """The answers that an interrupted run left, by row. Its first line holds its settings; a last line that was cut
+    off in the middle is taken away, so that the next one does not join it."""
+    answers: dict[int, dict[str, Any]] = {}
+    lines = partial.read_bytes().split(b"\n")[:-1] if resume and partial.is_file() else []
+    if lines:
+        before = _line(lines[0], partial, 1)
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            what = ", ".join(f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in changed)
+            raise DataError(f"{partial}: is of a run that was interrupted, under other settings ({what}); remove it")
+        for number, line in enumerate(lines[1:], 2):
+            values = _line(line, partial, number)
+            answers[values.pop("index")] = values
+    kept = [settings, *({"index": i, **values} for i, values in answers.items())]
+    write_text(partial, "".join(json_line(row) for row in kept))
+    return answers
+
+
+def _line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: is damaged ({error}); remove the file to begin anew") from None
+
+
+def _shown(completions: Iterator[Completion], total: int, done: int) -> Iterator[Completion]:
+    """The same completions, with a progress bar on standard error: rows, tokens per second, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("answering"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tokens = 0
+    with bar:
+        task = bar.add_task("", total=total, completed=done, speed="")
+        for completion in completions:
+            tokens += len(completion.ids)
+            seconds = bar.tasks[0].elapsed or 0.0
+            bar.update(task, advance=1, speed=f"{tokens / seconds:,.0f} tokens/s" if seconds else "")
+            yield completion
+
+
+__all__ = ["Question", "answer", "answer_text", "message_text", "predict", "question"]
