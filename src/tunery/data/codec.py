@@ -7,6 +7,7 @@ matches, and what a person wrote is text like any other, with the merges and pre
 
 from __future__ import annotations
 
+import collections
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from tunery.data.parse import MARKERS
 from tunery.data.render import RowRefused
 from tunery.errors import TemplateError
 
@@ -38,13 +40,13 @@ class Codec:
                 "(transformers' AutoTokenizer converts most) and use that folder"
             )
         self.backend: Tokenizer = tokenizer.backend_tokenizer
-        added = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
-        special = set(tokenizer.all_special_tokens) | {t.content for t in added.values() if t.special}
-        swallows = {t.content for t in added.values() if t.lstrip or t.rstrip}
-        visible = [text for text in added if text.strip()]
+        added = self.backend.get_added_tokens_decoder()
+        special = {*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)}
+        visible = {token.content: i for i, token in added.items() if token.content.strip()}
+        swallows = {token.content for token in added.values() if token.lstrip or token.rstrip}
         self.generated = tuple(text for text in visible if text in special or text in swallows)
-        self.control = tuple(text for text in visible if text in set(self.generated) or text in literals)
-        self.ids = {text: self.backend.token_to_id(text) for text in self.control}
+        self.control = tuple(text for text in visible if text in self.generated or text in literals)
+        self.ids = {text: visible[text] for text in self.control}
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -61,25 +63,47 @@ class Codec:
         """Two-letter beginnings of the control tokens: a text without any of them has no look-alike."""
         return tuple(sorted({text[:2] for text in self.control}))
 
-    def looks_alike(self, text: str) -> bool:
-        """Whether the text holds the letters of a control token."""
-        return any(hint in text for hint in self.hints) and self.pattern.search(text) is not None
+    def encode(self, texts: Sequence[str], shadow: bool = False) -> list[list[int]]:
+        """Token ids of rendered texts: without look-alikes, or (`shadow`) from `rename`."""
+        backend = self.shadow if shadow else self.backend
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered texts without look-alikes."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_mixed(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Token ids of (text, shadow) pairs, in order."""
+        result: list[list[int]] = [[]] * len(texts)
+        for shadow in (False, True):
+            places = [i for i, (_, is_shadow) in enumerate(texts) if is_shadow is shadow]
+            if places:
+                for i, ids in zip(places, self.encode([texts[i][0] for i in places], shadow), strict=True):
+                    result[i] = ids
+        return result
 
-    def encode_shadow(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts from `rename`."""
-        return [encoding.ids for encoding in self.shadow.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def offsets(self, text: str, shadow: bool) -> list[tuple[int, int]]:
+        """The (start, end) characters of each token of a text."""
+        return (self.shadow if shadow else self.backend).encode(text, add_special_tokens=False).offsets
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of raw text, with what the tokenizer itself puts around a document (its BOS)."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Exact text of token ids, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of raw text, with what the tokenizer itself puts around a document (its BOS)."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens, without special tokens that carry no structure. It is decoded after a letter:
+        at the beginning of a text some tokenizers leave out a space."""
+        ids = [i for i in ids if i not in self._noise]
+        return self.decode([*self._letter, *ids]).removeprefix(self.decode(self._letter))
+
+    @cached_property
+    def _noise(self) -> frozenset[int]:
+        special = (t for t in self.backend.get_added_tokens_decoder().items() if t[1].special)
+        return frozenset(i for i, token in special if token.content not in MARKERS)
+
+    @cached_property
+    def _letter(self) -> list[int]:
+        return self.encode(["a"])[0]
 
     def controls(self, text: str, shadow: bool, start: int = 0) -> Iterator[re.Match[str]]:
         """The control tokens in a rendered (shadow: renamed) text."""
@@ -91,10 +115,7 @@ class Codec:
 
     def last_control(self, text: str, shadow: bool) -> re.Match[str] | None:
         """The last control token in a rendered (shadow: renamed) text."""
-        found = None
-        for found in self.controls(text, shadow):
-            pass
-        return found
+        return next(iter(collections.deque(self.controls(text, shadow), maxlen=1)), None)
 
     def mark(self, value: Any, assistant: bool = False) -> Any:
         """The value with every look-alike in its strings enclosed, ready to be rendered; dictionary keys are left."""

@@ -1,4 +1,4 @@
-"""Rendered conversations to sequences with a loss weight per token.
+"""Drafts to sequences with a loss weight per token.
 
 The rule: what is trained is exactly what the model would have to produce. An answer's tokens begin where the prompt
 that inference would send ends - the prompt's tokens are a prefix of the sequence - and end with its end-of-turn token.
@@ -8,35 +8,15 @@ rewrites history, or the answer's first letters merge with the prompt's last one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from tunery.data.codec import Codec, find
+from tunery.data.drafts import Draft, Turn
 from tunery.data.render import RowRefused
 from tunery.types import Tokens
 
 LONGEST_HEADER = 200  # characters; longer text after a prompt's last control token is not worth remembering
-
-
-@dataclass(slots=True)
-class Turn:
-    """One trained answer: the text of its prompt, of the conversation up to and with it, and its loss weight."""
-
-    prompt: str
-    upto: str
-    weight: float
-    last: bool
-
-
-@dataclass(slots=True)
-class Draft:
-    """One rendered text to be one sequence. `shadow`: it holds renamed control tokens; `base`: weight of the rest."""
-
-    text: str
-    shadow: bool
-    turns: list[Turn] = field(default_factory=list)
-    base: float = 0.0
 
 
 class Encoder:
@@ -49,16 +29,8 @@ class Encoder:
 
     def encode(self, drafts: Sequence[Draft]) -> list[list[Tokens] | RowRefused]:
         """The sequences of each draft, in one call of the tokenizer for all."""
-        ids_of: list[list[int]] = [[]] * len(drafts)
-        for shadow in (False, True):
-            places = [i for i, draft in enumerate(drafts) if draft.shadow is shadow]
-            if places:
-                for i, ids in zip(places, self.ids([drafts[i].text for i in places], shadow), strict=True):
-                    ids_of[i] = ids
+        ids_of = self.codec.encode_mixed([(draft.text, draft.shadow) for draft in drafts])
         return [self._finish(draft, ids) for draft, ids in zip(drafts, ids_of, strict=True)]
-
-    def ids(self, texts: Sequence[str], shadow: bool) -> list[list[int]]:
-        return self.codec.encode_shadow(texts) if shadow else self.codec.encode(texts)
 
     def _finish(self, draft: Draft, ids_list: list[int]) -> list[Tokens] | RowRefused:
         ids = np.array(ids_list, dtype=np.int32)
@@ -68,14 +40,13 @@ class Encoder:
         try:
             for turn in draft.turns:
                 start = self._boundary(ids, turn.prompt, draft.shadow)
-                if start < 0:
-                    own = self._own(turn, draft)
-                    if turn.last and draft.base:
-                        return [own]
-                    sequences.append(own)
-                else:
-                    weights[start : self._end(ids, start) + 1] = turn.weight
+                if start >= 0:
+                    self._weigh(ids, weights, start, turn, draft.shadow)
                     shared = True
+                elif draft.base and turn.index == draft.count - 1:
+                    return [self._own(turn, draft)]
+                elif not draft.base:
+                    sequences.append(self._own(turn, draft))
         except RowRefused as refused:
             return refused
         if shared or draft.base:
@@ -87,39 +58,46 @@ class Encoder:
 
         Control tokens cut a text into parts that are tokenised on their own. So the prompt's tokens are those of `ids`
         up to its last control token, and then those of the few letters after it, which are tokenised once for all."""
-        for header, (control, control_id, tail) in self._headers.items():
-            if prompt.endswith(header):
-                break
-        else:
+        known = next((value for header, value in self._headers.items() if prompt.endswith(header)), None)
+        if known is None:
             place = self.codec.last_control(prompt, shadow)
             if place is None:
-                (tail,) = self.ids([prompt], shadow)
+                (tail,) = self.codec.encode([prompt], shadow)
                 return len(tail) if ids[: len(tail)].tolist() == tail else -1
-            control = place.group()
             header = prompt[place.start() :]
-            control_id, *tail = self.ids([header], shadow)[0]
+            control_id, *tail = self.codec.encode([header], shadow)[0]
+            known = place.group(), control_id, tail
             if len(header) <= LONGEST_HEADER:
-                self._headers[header] = control, control_id, tail
+                self._headers[header] = known
+        control, control_id, tail = known
         after = find(ids, control_id, prompt.count(control)) + 1
         end = after + len(tail)
         return end if after and ids[after:end].tolist() == tail else -1
 
-    def _end(self, ids: np.ndarray, start: int) -> int:
-        """Index of the end-of-turn token of the answer that begins at `start`."""
-        for i, token in enumerate(ids[start:].tolist(), start):
-            if token in self.ends:
-                return i
-        raise RowRefused("no end-of-turn token", "the template ends this turn with no token that generation stops at")
+    def _weigh(self, ids: np.ndarray, weights: np.ndarray, start: int, turn: Turn, shadow: bool) -> None:
+        """Set the weights of one answer, whose first token is at `start`."""
+        answer = ids[start:].tolist()
+        end = next((start + i for i, token in enumerate(answer) if token in self.ends), None)
+        if end is None:
+            detail = f"the template ends message {turn.index + 1} with no token to stop at"
+            raise RowRefused("no end-of-turn token", detail)
+        weights[start : end + 1] = turn.weight
+        if turn.untrained:
+            # Only where a template marks less than the whole turn: places of tokens are not needed otherwise.
+            for i, (a, b) in enumerate(self.codec.offsets(turn.upto, shadow)[: end + 1]):
+                if a < b and any(first < b and a < last for first, last in turn.untrained):
+                    weights[i] = 0.0
 
     def _own(self, turn: Turn, draft: Draft) -> Tokens:
         """The sequence of one answer as inference makes it: the prompt's tokens, then the rest tokenised after them."""
-        shadow = draft.shadow
-        whole, prompt = self.ids([turn.upto, turn.prompt], shadow)
+        whole, prompt = self.codec.encode([turn.upto, turn.prompt], draft.shadow)
         if whole[: len(prompt)] != prompt:
-            whole = prompt + self._continuation(turn, whole, prompt, shadow)
+            if turn.untrained:
+                raise RowRefused("prompt and answer share a token", f"message {turn.index + 1}")
+            whole = prompt + self._continuation(turn, whole, prompt, draft.shadow)
         ids = np.array(whole, dtype=np.int32)
         weights = np.full(len(ids), draft.base, dtype=np.float32)
-        weights[len(prompt) : self._end(ids, len(prompt)) + 1] = turn.weight
+        self._weigh(ids, weights, len(prompt), turn, draft.shadow)
         return Tokens(ids, weights)
 
     def _continuation(self, turn: Turn, whole: list[int], prompt: list[int], shadow: bool) -> list[int]:
@@ -130,7 +108,7 @@ class Encoder:
         anchors = ([place.group()] if place else []) + ["", "\n"]
         text = self.codec.decode(whole)
         for anchor in anchors:
-            head, both = self.ids([anchor, anchor + rest], shadow)
+            head, both = self.codec.encode([anchor, anchor + rest], shadow)
             if both[: len(head)] == head and self.codec.decode(prompt + both[len(head) :]) == text:
                 return both[len(head) :]
-        raise RowRefused("prompt and answer share a token", f"the answer begins with {rest[:20]!r}")
+        raise RowRefused("prompt and answer share a token", f"message {turn.index + 1} begins with {rest[:20]!r}")

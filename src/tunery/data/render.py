@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+import jinja2.nodes
 from transformers.utils import chat_template_utils
 
 from tunery.errors import TemplateError

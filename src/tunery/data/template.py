@@ -6,13 +6,17 @@
     template.parse(generated_ids)       # the answer, its reasoning and its tool calls
 
 The text comes from a Jinja template: the tokenizer's own, one of ours by name (the files in data/templates), or a file.
-See render.py for the text, codec.py for the tokens, encode.py for the loss weights."""
+See drafts.py for the text and what of it is trained, codec.py for the tokens, encode.py for the loss weights, parse.py
+for the way back."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +24,12 @@ from typing import Any
 import numpy as np
 
 from tunery.data.codec import Codec
-from tunery.data.encode import Draft, Encoder, Turn
-from tunery.data.render import Renderer, RowRefused, to_dicts
-from tunery.errors import ConfigError, TemplateError
+from tunery.data.drafts import Draft, Drafter
+from tunery.data.encode import Encoder
+from tunery.data.parse import parse_answer
+from tunery.data.render import Renderer, RowRefused
+from tunery.data.truncate import shorten
+from tunery.errors import ConfigError, DataError, TemplateError
 from tunery.types import Example, Message, Refused, Tokens
 
 ENCODER_VERSION = 1  # part of the fingerprint: raise it whenever the same row may give other tokens than before
@@ -49,7 +56,7 @@ def load_template(
     if name == "auto":
         source = _own_source(getattr(tokenizer, "chat_template", None))
     elif name in named_templates():
-        source = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+        source = _fitted((_FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), name, tokenizer)
     elif Path(name).is_file():
         source = Path(name).read_text(encoding="utf-8")
     else:
@@ -78,6 +85,24 @@ def _own_source(own: Any) -> str | None:
     return f"{{% if tools is not none %}}\n{tools}{{%+ else %}}\n{default}{{%+ endif %}}"
 
 
+def _fitted(source: str, name: str, tokenizer: Any) -> str:
+    """One of our templates for this tokenizer. Where its end-of-turn marker is no token, a turn ends with the end of
+    sequence instead, so that there is always one token to stop at; and it begins with BOS only where the tokenizer
+    begins its texts with it."""
+    first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[0]
+    if tokenizer.bos_token_id is None or first != tokenizer.bos_token_id:
+        source = source.replace("{%- set bos = bos_token -%}", "{%- set bos = '' -%}")
+    marker = re.search(r"\{%- set end = '(.*)' -%\}", source)
+    if marker and tokenizer.backend_tokenizer.token_to_id(marker.group(1)) is None:
+        source = source.replace(marker.group(), "{%- set end = eos_token -%}")
+    if "set end = eos_token" in source and tokenizer.eos_token is None:
+        raise TemplateError(
+            f"template {name!r} ends answers with the end-of-sequence token, and this tokenizer has none; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return source
+
+
 class ChatTemplate:
     """One template with one tokenizer. `source`: the Jinja text, to be saved with the model."""
 
@@ -101,53 +126,32 @@ class ChatTemplate:
     # ------------------------------------------------------------ parts, built when first needed
 
     @cached_property
+    def _codec(self) -> Codec:
+        return Codec(self.tokenizer, self._renderer.literals if self.source is not None else "")
+
+    @cached_property
     def _renderer(self) -> Renderer:
         if self.source is None:
             raise TemplateError(
-                "the tokenizer has no chat template. Choose one: set data.template to a .jinja file or to one of "
-                f"{', '.join(named_templates())} (what the model was tuned with; chatml for a base model)"
+                "the tokenizer has no chat template. Choose one: set data.template to a .jinja file, or to one of "
+                f"{', '.join(named_templates())} (the one the model was tuned with; for a base model, any)"
             )
         return Renderer(self.source, self.tokenizer.special_tokens_map)
 
     @cached_property
-    def _codec(self) -> Codec:
-        return Codec(self.tokenizer, self._renderer.literals if self.source else "")
+    def _drafter(self) -> Drafter:
+        return Drafter(self._renderer, self._codec, self.name)
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(self._codec, self._turn_ends)
-
-    @cached_property
-    def _turn_ends(self) -> list[int]:
-        """Tokens that end an assistant's turn, learned by rendering an answer and a tool call and looking at what
-        follows them."""
-        ends = []
-        probe = "Probe"
-        user = Message("user", "Hello")
-        for head in ([user], [Message("system", "Hello"), user]):
-            try:
-                text = self._renderer.render(to_dicts([*head, Message("assistant", probe)]), None, False)
-            except RowRefused:
-                continue
-            after = text[text.rfind(probe) + len(probe) :]
-            found = self._codec.pattern.search(after)
-            if found is None:
-                raise TemplateError(
-                    f"template {self.name!r} ends an answer with {after!r}, in which there is no special token of this "
-                    "tokenizer, so a model trained with it would not learn to stop. Choose a named template "
-                    f"({', '.join(named_templates())}) or add eos_token to the template"
-                )
-            ends.append(self._codec.ids[found.group()])
-            break
-        eos = self.tokenizer.eos_token_id
-        return ends or ([eos] if eos is not None else [])
+        return Encoder(self._codec, self._drafter.ends)
 
     @cached_property
     def end_ids(self) -> list[int]:
         """Tokens at which generation stops: the ends of a turn, and the tokenizer's end of sequence."""
-        ends = list(self._turn_ends) if self.source is not None else []
+        ends = self._drafter.ends if self.source is not None else []
         eos = self.tokenizer.eos_token_id
-        return ends + [eos] if eos is not None and eos not in ends else ends
+        return [*ends, eos] if eos is not None and eos not in ends else list(ends)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -162,7 +166,7 @@ class ChatTemplate:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the parts built when needed: compiled templates cannot be pickled."""
+        """Without the parts built when needed: a compiled template cannot be pickled."""
         names = ("name", "source", "tokenizer", "max_length", "too_long", "system")
         return {name: getattr(self, name) for name in names}
 
@@ -181,14 +185,17 @@ class ChatTemplate:
         """Each example's training sequences, or why it cannot be used.
 
         `train`: "answers" trains every assistant turn with its Message.weight (1 where None), "last" the last one
-        only, "all" every token of the conversation (an assistant turn's Message.weight still counts)."""
+        only, "all" every token of the conversation (an assistant turn's Message.weight still counts).
+        Raises DataError for a row over max_length when too_long is "error"."""
         if train not in TRAIN:
             raise ConfigError(f"train is {train!r}; it can be {', '.join(TRAIN)}")
         drafts: list[Draft] = []
         rows: list[tuple[int, int] | Refused] = []
         for example in examples:
             try:
-                made = self._drafts(example, train)
+                if example.media:
+                    raise RowRefused("media not supported", "the row has images, video or audio")
+                made = self._drafter.drafts(self._with_system(example.messages), example.tools, train)
             except RowRefused as refused:
                 rows.append(refused.refused)
                 continue
@@ -196,73 +203,73 @@ class ChatTemplate:
             drafts += made
         encoded = self._encoder.encode(drafts)
         result: list[list[Tokens] | Refused] = []
-        for row in rows:
-            result.append(row if isinstance(row, Refused) else _join(encoded[row[0] : row[1]]))
+        for example, row in zip(examples, rows, strict=True):
+            if isinstance(row, Refused):
+                result.append(row)
+                continue
+            first, last = row
+            try:
+                result.append(self._within(example, train, drafts[first:last], encoded[first:last]))
+            except RowRefused as refused:
+                result.append(refused.refused)
         return result
 
-    def _drafts(self, example: Example, train: str) -> list[Draft]:
-        """The texts of one example, with the turns to train in each."""
-        messages = self._with_system(example.messages)
-        if example.media:
-            raise RowRefused("media not supported", "the row has images, video or audio")
-        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        if not answers:
-            raise RowRefused("no assistant turn")
-        trained = answers[-1:] if train == "last" else answers
-        for i in trained:
-            if messages[i].weight != 0 and _is_empty(messages[i]):
-                raise RowRefused("empty answer", f"message {i + 1}")
-        if train == "all":
-            trained = [i for i in answers if messages[i].weight is not None or i == len(messages) - 1]
-        else:
-            trained = [i for i in trained if messages[i].weight != 0]
-        if not trained and train != "all":
-            raise RowRefused("nothing to train", "every assistant turn has weight 0")
-        rows, tools, shadow = self._dicts(messages, example.tools)
+    def _within(
+        self, example: Example, train: str, drafts: list[Draft], encoded: list[list[Tokens] | RowRefused]
+    ) -> list[Tokens]:
+        """The sequences of one example's drafts, those over max_length treated as `too_long` says."""
+        made: list[Tokens] = []
+        for draft, sequences in zip(drafts, encoded, strict=True):
+            if isinstance(sequences, RowRefused):
+                raise sequences
+            longest = max(map(len, sequences))
+            if self.max_length is None or longest <= self.max_length:
+                made += sequences
+                continue
+            detail = f"{longest} tokens > {self.max_length}"
+            if self.too_long == "error":
+                where = f"{example.meta.get('file', 'the data')}, row {example.meta.get('row', '?')}"
+                raise DataError(f"{where}: {detail}. Raise data.max_length, or set data.too_long to drop or truncate")
+            if self.too_long == "drop":
+                raise RowRefused("too long", detail)
+            made += self._truncated(example, train, draft, detail)
+        return made
 
-        def text(count: int, header: bool) -> str:
-            rendered = self._renderer.render(rows[:count], tools, header)
-            return self._codec.rename(rendered) if shadow else rendered
+    def _truncated(self, example: Example, train: str, draft: Draft, detail: str) -> list[Tokens]:
+        """The sequences of one draft, cut to max_length (see truncate.py)."""
+        limit = self.max_length or 0
+        turns = {turn.index: turn.weight for turn in draft.turns}
+        messages = self._with_system(example.messages)[: draft.count]
+        if train != "all":
+            messages = [
+                replace(message, weight=turns.get(i, 0.0)) if message.role == "assistant" else message
+                for i, message in enumerate(messages)
+            ]
+            train = "answers"
 
-        whole = Draft(text(len(rows), False), shadow, base=1.0 if train == "all" else 0.0)
-        own = []
-        for i in trained:
-            last = i == len(rows) - 1
-            prompt = text(i, True)
-            upto = whole.text if last else text(i + 1, False)
-            if not upto.startswith(prompt):
-                raise RowRefused("the prompt does not lead to the answer", f"message {i + 1}: {_differ(prompt, upto)}")
-            weight = messages[i].weight
-            turn = Turn(prompt, upto, 1.0 if weight is None else weight, last)
-            if last or whole.text.startswith(self._through_end(turn, shadow)):
-                whole.turns.append(turn)
-            elif train != "all":
-                own.append(Draft(upto, shadow, [turn]))
-        return own + [whole] if whole.turns or whole.base else own
+        def sequences(shorter: list[Message]) -> list[Tokens]:
+            made = []
+            for part in self._encoder.encode(self._drafter.drafts(shorter, example.tools, train)):
+                if isinstance(part, RowRefused):
+                    raise part
+                made += part
+            return made
 
-    def _through_end(self, turn: Turn, shadow: bool) -> str:
-        """The conversation up to and with the turn's end token."""
-        for found in self._codec.controls(turn.upto, shadow, len(turn.prompt)):
-            if self._codec.id_of(found.group(), shadow) in self._encoder.ends:
-                return turn.upto[: found.end()]
-        return turn.upto
+        def fits(shorter: list[Message]) -> bool:
+            return max(map(len, sequences(shorter))) <= limit
+
+        cut = shorten(messages, fits)
+        if cut is None:
+            raise RowRefused("too long", f"{detail}, and what must stay does not fit")
+        made = sequences(cut)
+        for tokens in made:
+            tokens.extra["truncated"] = True
+        return made
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         if self.system is not None and not any(message.role == "system" for message in messages):
             return [Message("system", self.system), *messages]
         return list(messages)
-
-    def _dicts(self, messages: Sequence[Message], tools: Any) -> tuple[list[dict[str, Any]], Any, bool]:
-        """Messages and tools for the renderer, marked if they hold look-alikes, and whether they do."""
-        rows = to_dicts(messages)
-        codec = self._codec
-        if any(codec.looks_alike(message.content) for message in messages) or any(
-            codec.looks_alike(json.dumps([tools, row], ensure_ascii=False)) for row in rows if len(row) > 2 or tools
-        ):
-            marked = codec.mark(rows), codec.mark(tools)
-            if marked != (rows, tools):
-                return *marked, True
-        return rows, tools, False
 
     # ------------------------------------------------------------ inference
 
@@ -274,76 +281,46 @@ class ChatTemplate:
         self, conversations: Sequence[tuple[Sequence[Message], list[dict[str, Any]] | None]]
     ) -> list[list[int]]:
         """`prompt` of many conversations at once. Raises TemplateError when one is refused."""
-        texts: list[str] = []
-        shadows: list[bool] = []
-        for messages, tools in conversations:
-            rows, tools, shadow = self._dicts(self._with_system(messages), tools)
-            text = self._renderer.render(rows, tools, True)
-            texts.append(self._codec.rename(text) if shadow else text)
-            shadows.append(shadow)
-        result: list[list[int]] = [[]] * len(texts)
-        for shadow in (False, True):
-            places = [i for i, is_shadow in enumerate(shadows) if is_shadow is shadow]
-            if places:
-                encode = self._codec.encode_shadow if shadow else self._codec.encode
-                for i, ids in zip(places, encode([texts[i] for i in places]), strict=True):
-                    result[i] = ids
-        return result
+        return self._codec.encode_mixed(
+            [self._drafter.prompt(self._with_system(messages), tools) for messages, tools in conversations]
+        )
 
     def parse(self, ids: Sequence[int]) -> Message:
-        """What the model generated."""
-        ids = list(ids)
-        for i, token in enumerate(ids):
-            if token in self.end_ids:
-                ids = ids[:i]
-                break
-        return Message("assistant", self.tokenizer.decode(ids, skip_special_tokens=True))
+        """What the model generated after a prompt: content, reasoning and tool calls. Everything from the first end
+        token on is left out; what cannot be read as a tool call stays content."""
+        ends = set(self.end_ids)
+        kept = list(itertools.takewhile(lambda token: token not in ends, ids))
+        text = self._codec.decode_answer(kept)
+        if self.source is None:
+            return Message("assistant", text)
+        before, after = self._drafter.frame
+        literals = self._renderer.literals
+        return parse_answer(
+            text.removeprefix(before).removesuffix(after),
+            thinking=self._drafter.thinking,
+            bare_json='"parameters": ' in literals and "<tool_call>" not in literals,
+        )
 
     # ------------------------------------------------------------ plain text
 
     def encode_texts(self, examples: Sequence[Example], append_eos: bool = True) -> list[list[Tokens] | Refused]:
         """Raw text, every token trained. A document longer than max_length becomes consecutive sequences; each later
         one begins with the token before it, untrained, so that every token of the document is a target once."""
-        texts = [example.text or "" for example in examples]
-        encoded = self._codec.encode_documents(texts)
+        encoded = self._codec.encode_documents([example.text or "" for example in examples])
         return [
-            self._document(ids, append_eos) if text else Refused("empty text")
-            for text, ids in zip(texts, encoded, strict=True)
+            self._document(ids, append_eos) if example.text else Refused("empty text")
+            for example, ids in zip(examples, encoded, strict=True)
         ]
 
     def _document(self, ids_list: list[int], append_eos: bool) -> list[Tokens]:
         eos = self.tokenizer.eos_token_id
-        if append_eos and eos is not None and (not ids_list or ids_list[-1] != eos):
+        if append_eos and eos is not None and ids_list[-1:] != [eos]:
             ids_list = [*ids_list, eos]
         ids = np.array(ids_list, dtype=np.int32)
-        limit = self.max_length or len(ids)
+        step = max((self.max_length or len(ids)) - 1, 1)
         pieces = []
-        start = 0
-        while True:
-            piece = ids[start : start + limit]
-            weights = np.ones(len(piece), dtype=np.float32)
+        for start in range(0, max(len(ids) - 1, 1), step):
+            weights = np.ones(len(ids[start : start + step + 1]), dtype=np.float32)
             weights[0] = 0.0 if start else 1.0
-            pieces.append(Tokens(piece, weights))
-            start += limit - 1
-            if start >= len(ids) - 1:
-                return pieces
-
-
-def _join(parts: Sequence[list[Tokens] | RowRefused]) -> list[Tokens] | Refused:
-    """The sequences of one row's drafts; refused when one of them is."""
-    joined: list[Tokens] = []
-    for part in parts:
-        if isinstance(part, RowRefused):
-            return part.refused
-        joined += part
-    return joined
-
-
-def _is_empty(message: Message) -> bool:
-    return not (message.content.strip() or message.tool_calls or message.reasoning)
-
-
-def _differ(prompt: str, text: str) -> str:
-    """Where a prompt leaves the text it should begin, for a person."""
-    same = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
-    return f"after {text[max(0, same - 20) : same]!r} it has {prompt[same : same + 30]!r}, the conversation {text[same : same + 30]!r}"
+            pieces.append(Tokens(ids[start : start + step + 1], weights))
+        return pieces
