@@ -1,0 +1,92 @@
+"""Oracle: every row once an epoch, whatever the cut; the same step however often it is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tunery.data.loader import Cut, Loader, StreamLoader, cut, epoch_order, evaluation_streams
+from tunery.types import Tokens
+
+
+class Rows:
+    """A store of examples; example i is made of the token i, once in a while in two sequences."""
+
+    def __init__(self, count: int):
+        random = np.random.default_rng(7)
+        self.examples = [
+            [Tokens(np.full(n, i, np.int32), np.ones(n, np.float32)) for n in random.integers(2, 30, 1 + (i % 5 == 0))]
+            for i in range(count)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([sum(len(t) for t in e) for e in self.examples])
+
+    def sequences(self, number: int) -> list[Tokens]:
+        return self.examples[number]
+
+    def examples_from(self, epoch: int):
+        return [(self.examples[i], ("f", i)) for i in epoch_order(len(self), 1, epoch, True)]
+
+
+def rows_of(batches) -> list[int]:
+    return [row for batch in batches for row in batch.rows]
+
+
+def test_an_epoch_is_every_row_once_and_the_next_another_order():
+    loader = Loader(Rows(37), batch_size=8, seed=1, shuffle=True, how=Cut(64))
+    assert loader.steps_per_epoch == 5
+    first, second = ([r for s in range(e * 5, e * 5 + 5) for r in loader.rows(s)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(37)) and first != second
+    assert len(loader.rows(4)) == 5
+    assert (loader.epoch_at(5), loader.epoch_at(1), loader.epoch_at(12)) == (1.0, 8 / 37, 2 + 16 / 37)
+
+
+def test_a_step_does_not_depend_on_what_was_asked_before():
+    fresh = Loader(Rows(37), batch_size=8, seed=1, shuffle=True, how=Cut(64))
+    used = Loader(Rows(37), batch_size=8, seed=1, shuffle=True, how=Cut(64))
+    for step in range(8):
+        used.step(step)
+    for a, b in zip(fresh.step(3).micro, used.step(3).micro, strict=True):
+        assert a.ids_T.equal(b.ids_T) and a.rows == b.rows
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_cut_keeps_every_sequence_whole(packing, world):
+    store = Rows(16)
+    expected = Counter(i for i, e in enumerate(store.examples) for _ in e)
+    batches = [b for r in range(world) for b in cut(store.examples, range(16), Cut(64, packing, r, world))]
+    assert Counter(rows_of(batches)) == expected
+    assert all(b.n_sequences == 1 for b in batches) or packing
+    for batch in batches:
+        assert packing is False or batch.n_tokens <= 64 or len(set(batch.rows)) == 1
+        for row, start, end in zip(batch.rows, batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            assert batch.ids_T[start:end].tolist() == [row] * int(end - start)
+
+
+def test_evaluation_visits_every_row_once():
+    assert set(rows_of(evaluation_streams(Rows(1100), Cut(256)))) == set(range(1100))
+
+
+class Streamed:
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def examples(self, epoch: int, start: int):
+        yield from self.rows.examples_from(epoch)[start:]
+
+
+def test_a_stream_resumes_where_it_would_have_been():
+    rows = Rows(11)
+    through = StreamLoader(Streamed(rows), batch_size=4, how=Cut(64))
+    steps = [through.step(n) for n in range(7)]
+    resumed = StreamLoader(Streamed(rows), batch_size=4, how=Cut(64)).step(5)
+    assert [b.ids_T.tolist() for b in resumed.micro] == [b.ids_T.tolist() for b in steps[5].micro]
+    assert resumed.examples == 4 and resumed.tokens == steps[5].tokens
