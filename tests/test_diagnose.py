@@ -55,7 +55,7 @@ def noisy(rng, value, noise):
 def test_an_ordinary_falling_curve_is_never_remarked_on(noise):
     """Looked at fifty times while it grows, as a run is, with warm-up, epochs' drops and a jittering evaluation."""
     rng = random.Random(f"falling {noise}")
-    for _ in range(25):
+    for _ in range(15):
         n = rng.choice([20, 60, 100, 300])
         floor, height, pace = rng.uniform(0.1, 2), rng.uniform(0.5, 4), rng.uniform(0.03, 0.5) * n
         epochs = rng.choice([1, 3])
@@ -121,6 +121,14 @@ def test_overfitting_shows_with_an_evaluation_per_epoch():
     curve = steps([1.0] * 50 + [0.6] * 50)
     assert kinds(History(curve, [Evaluation(50, 1.0, 1, 0.0), Evaluation(100, 1.1, 2, 0.0)])) == ["overfitting"]
     assert kinds(History(curve, [Evaluation(50, 1.0, 1, 0.0), Evaluation(100, 1.03, 2, 0.0)])) == []
+
+
+def test_held_out_rows_of_another_kind_only_get_worse():
+    curve = steps([2 * math.exp(-i / 50) for i in range(100)])
+    worse = [Evaluation(at, 3 + at / 100, at / 100, 0.0) for at in range(0, 101, 50)]
+    diagnosis = only(History(curve, worse))
+    assert diagnosis.kind == "overfitting" and diagnosis.evidence["best_step"] == 0
+    assert "another kind" in diagnosis.message
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.15])

@@ -238,12 +238,11 @@ def near_zero_at_once(steps: Sequence[Step]) -> Diagnosis | None:
 
 def overfitting(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> Diagnosis | None:
     """Evaluation rises while training falls: every evaluation since the best is above it, the last by 2% (5% where
-    only one has followed) and 0.01, while the training loss went on down."""
-    after_start = [evaluation for evaluation in evaluations if evaluation.step > 0]
-    if len(after_start) < 2:
+    only one has followed) and 0.01, while the training loss went on down. The one before training counts too."""
+    if len(evaluations) < 2:
         return None
-    best = min(after_start, key=lambda evaluation: evaluation.eval_loss)
-    since = [evaluation for evaluation in after_start if evaluation.step > best.step]
+    best = min(evaluations, key=lambda evaluation: evaluation.eval_loss)
+    since = [evaluation for evaluation in evaluations if evaluation.step > best.step]
     if not since:
         return None
     last = since[-1]
@@ -251,16 +250,24 @@ def overfitting(steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> Dia
     if not last.eval_loss - best.eval_loss > max(share * best.eval_loss, 0.01):
         return None
     span = max(1, (last.step - best.step) // 2)
-    then = [step.loss for step in steps if best.step - span < step.step <= best.step]
+    then = [step.loss for step in steps if best.step - span < step.step <= max(best.step, 1 + span // 4)]
     now = [step.loss for step in steps if last.step - span < step.step <= last.step]
     if not then or not now or fmean(now) >= fmean(then):
         return None
+    if best.step == 0:
+        advice = (
+            "Training only made it worse: the held-out rows may be of another kind than the training rows (shuffle "
+            "before splitting), or the learning rate is too high."
+        )
+    else:
+        advice = (
+            f"Step {best.step} is the best; train for fewer epochs, on more data, or stop early with eval.patience."
+        )
     return Diagnosis(
         "overfitting",
         f"Overfitting since about step {best.step}: the held-out loss rose from {best.eval_loss:.4f} there "
         f"to {last.eval_loss:.4f} (step {last.step}) while the training loss fell from {fmean(then):.4f} to "
-        f"{fmean(now):.4f}. Step {best.step} is the best; train for fewer epochs, on more data, or stop early with "
-        "eval.patience.",
+        f"{fmean(now):.4f}. {advice}",
         {
             "best_step": best.step,
             "best_eval_loss": best.eval_loss,

@@ -238,8 +238,7 @@ class Report:
         )
         everything = write_run_folder(self.output, facts, train_metrics or {}, eval_metrics or {})
         self._track({name: value for name, value in everything.items() if _is_number(value)}, self.history.last_step)
-        for tracker in self.trackers:
-            tracker.finish()
+        self._each_tracker(lambda tracker: tracker.finish())
         return everything
 
     def close(self) -> None:
@@ -274,8 +273,18 @@ class Report:
                 (self.display.warn if diagnosis.level == "warning" else self.display.say)(diagnosis.message)
 
     def _track(self, numbers: Mapping[str, float], step: int) -> None:
-        for tracker in self.trackers:
-            tracker.log(numbers, step)
+        self._each_tracker(lambda tracker: tracker.log(numbers, step))
+
+    def _each_tracker(self, call: Callable[[Tracker], None]) -> None:
+        """A tracker that fails (its server is gone, say) is given up with a warning: the run is worth more, and
+        trainer_log.jsonl has the numbers."""
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # whatever a foreign library raises
+                self.trackers.remove(tracker)
+                reason = f"{type(error).__name__}: {error}"
+                self.warn(f"{type(tracker).__name__} failed and gets no more numbers; the run goes on ({reason})")
 
 
 class NullReport:

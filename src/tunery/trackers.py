@@ -6,6 +6,7 @@ because none of them can take back what an interrupted run logged after its last
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,20 +66,29 @@ class WandB:
 
 
 class MLflow:
-    """A run of the experiment named after the project, at MLFLOW_TRACKING_URI or in <output>/mlruns."""
+    """A run of the experiment named after the project, at MLFLOW_TRACKING_URI, else in <output>/mlflow.db. Through a
+    client of its own, so that a run the caller has open stays the active one."""
 
     def __init__(self, output: Path, config: ReportConfig, start_step: int, job: Mapping[str, Any], loader: Loader):
-        self._mlflow = mlflow = _load("mlflow", "mlflow", loader)
-        mlflow.set_experiment(config.project)
+        mlflow = _load("mlflow", "mlflow", loader)
+        uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
+        if not uri:
+            folder = output.resolve()
+            uri, artifacts = f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlflow").as_uri()
+        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        experiment = self._client.get_experiment_by_name(config.project)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(config.project, artifacts)
         name = config.name or output.name
-        mlflow.start_run(run_name=_run_name(name, start_step), tags={"group": name})
-        mlflow.log_dict(dict(job), "config.json")
+        run = self._client.create_run(number, run_name=_run_name(name, start_step), tags={"group": name})
+        self._id = run.info.run_id
+        self._client.log_dict(self._id, dict(job), "config.json")
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        self._mlflow.log_metrics(dict(numbers), step=step)
+        for name, value in numbers.items():
+            self._client.log_metric(self._id, name, value, step=step)
 
     def finish(self) -> None:
-        self._mlflow.end_run()
+        self._client.set_terminated(self._id)
 
 
 class SwanLab:
