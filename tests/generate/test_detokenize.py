@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from assets_path import assets
-from tiny_model import byte_tokenizer
 from transformers import AutoTokenizer
 
+from assets_path import assets
+from tiny_model import byte_tokenizer
 from tunery.generate.detokenize import BROKEN, TextStream, decode
 
 TEXT = "Dose: 5 mg（第二组）\n naïve 👩‍⚕️🇨🇳, «да» 한국어  two  spaces\n\n"

@@ -8,8 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from assets_path import assets
-from tiny_model import byte_tokenizer, chat_template, random_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +19,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from assets_path import assets
+from tiny_model import byte_tokenizer, chat_template, random_llama
 from tunery.errors import ModelError
 from tunery.generate.base import Request, Sampling
 from tunery.generate.hf import HFGenerator, choose, generating

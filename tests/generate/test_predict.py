@@ -1,0 +1,171 @@
+"""Oracles: the generator asked row by row, the scores of evaluate.text, and the file of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tiny_model import save
+from tunery.errors import DataError
+from tunery.evaluate.text import score
+from tunery.generate import predict as module
+from tunery.generate.base import Request, Sampling
+from tunery.generate.hf import HFGenerator
+from tunery.generate.predict import answer, message_text, predict
+from tunery.models.target import load_target
+from tunery.types import Example, Message, Refused, ToolCall
+
+SAMPLING = Sampling(max_new_tokens=12, temperature=1.0)
+ROWS = [
+    {"instruction": "Say one thing", "input": "", "output": "One."},
+    {"instruction": "翻译", "input": "second", "output": "第二"},
+    {"instruction": "A long question " * 4, "input": "", "output": ""},
+    {"instruction": "", "input": "", "output": "nothing was asked"},
+    {"instruction": "And then?", "history": [["First", "1"]], "output": "2"},
+    {"instruction": "Too long for this model " * 20, "output": "x"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"), seed=3)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_in_order_with_scores(model, data, tmp_path, capfd):
+    out = tmp_path / "sub" / "predictions.jsonl"
+    scores = predict(model, data, out, SAMPLING)
+    loaded = load_target(model)
+    generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template)
+    conversations = [
+        [Message("user", "Say one thing")],
+        [Message("user", "翻译\nsecond")],
+        [Message("user", "A long question " * 4)],
+        [Message("user", "First"), Message("assistant", "1"), Message("user", "And then?")],
+    ]
+    rows = lines(out)
+    assert len(rows) == 4
+    for i, (row, messages) in enumerate(zip(rows, conversations, strict=True)):
+        (alone,) = generator.generate([Request(messages, number=i)], SAMPLING)
+        assert list(row) == ["prompt", "predict", "label"]
+        assert row["predict"] == alone.text
+        assert row["prompt"] == loaded.tokenizer.decode(loaded.template.prompt(messages))
+    assert [row["label"] for row in rows] == ["One.", "第二", "", "2"]
+    expected = score([rows[i]["predict"] for i in (0, 1, 3)], ["One.", "第二", "2"])
+    assert {name: scores[name] for name in expected} == expected
+    assert (scores["answered"], scores["refused"]) == (4, 2)
+    saved = json.loads((tmp_path / "sub" / "predictions.scores.json").read_text())
+    assert saved["bleu"] == scores["bleu"] and saved["settings"]["temperature"] == 1.0
+    assert saved["reasons"] == {"empty prompt": 1, "prompt too long": 1}
+    errors = capfd.readouterr().err
+    assert "2 of 6 rows" in errors and f"{data}:4: empty prompt" in errors and f"{data}:6: prompt too long" in errors
+    assert not out.with_name("predictions.jsonl.partial").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def interrupted(monkeypatch, after):
+    """A generator that is killed after some answers, and counts what it is asked."""
+    real, counts = HFGenerator.generate, []
+
+    def generate(self, requests, sampling):
+        requests = list(requests)
+        counts.append(len(requests))
+        for number, completion in enumerate(real(self, requests, sampling)):
+            if number == after:
+                raise Killed
+            yield completion
+
+    monkeypatch.setattr(module.HFGenerator, "generate", generate)
+    return counts
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"index": 0, "pred', b'{"index": 3, "predict": "\xe7'])
+def test_goes_on_where_it_stopped(model, data, tmp_path, monkeypatch, torn):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    expected = predict(model, data, whole, SAMPLING)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupted(patch, after=2)
+        predict(model, data, out, SAMPLING)
+    assert not out.exists()
+    partial = tmp_path / "out.jsonl.partial"
+    with partial.open("ab") as file:
+        file.write(torn)
+    counts = interrupted(monkeypatch, after=99)
+    assert predict(model, data, out, SAMPLING) == expected
+    assert counts == [2]
+    assert out.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+    assert predict(model, data, out, SAMPLING) == expected  # finished: nothing is asked again
+    assert counts == [2]
+    predict(model, data, out, SAMPLING, resume=False)
+    assert counts == [2, 4]
+
+
+def test_other_settings_do_not_join_what_is_there(model, data, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupted(patch, after=1)
+        predict(model, data, out, SAMPLING)
+    other = SAMPLING.model_copy(update={"seed": 7})
+    with pytest.raises(DataError, match=r"out\.jsonl\.partial: .*seed 42 -> 7.*remove it"):
+        predict(model, data, out, other)
+    predict(model, data, out, other, resume=False)
+    first = out.read_text()
+    predict(model, data, out, SAMPLING)  # a finished file of other settings is replaced
+    assert out.read_text() != first
+
+
+def test_damage_in_the_middle_is_an_error(model, data, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupted(patch, after=2)
+        predict(model, data, out, SAMPLING)
+    partial = tmp_path / "out.jsonl.partial"
+    text = partial.read_text().splitlines()
+    partial.write_text("\n".join([text[0], text[1][:9], text[2]]) + "\n")
+    with pytest.raises(DataError, match=r"partial:2: is damaged"):
+        predict(model, data, out, SAMPLING)
+
+
+def test_no_row_can_be_answered(model, tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("plain text\nmore of it\n")
+    with pytest.raises(DataError, match=r"2 of 2 rows .* cannot be answered:\n.*rows\.txt:1: plain text"):
+        predict(model, path, tmp_path / "out.jsonl", SAMPLING)
+
+
+def test_answer_gives_a_row_for_each_example(model):
+    loaded = load_target(model)
+    generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template)
+    question = [Message("user", "Hi")]
+    examples = [
+        Example([*question, Message("assistant", "Hello")]),
+        Example(text="no question"),
+        Example(question),
+    ]
+    first, second, third = answer(generator, examples, SAMPLING)
+    assert isinstance(first, dict) and first["label"] == "Hello" and first["predict"]
+    assert second == Refused("plain text", "there is no question in it")
+    assert isinstance(third, dict) and third["label"] is None
+
+
+def test_calls_are_text_in_one_form():
+    call = ToolCall("f", {"b": 1, "a": "第"}, id="x")
+    line = '{"arguments": {"a": "第", "b": 1}, "name": "f"}'
+    assert message_text(Message("assistant", "", tool_calls=(call, call))) == f"{line}\n{line}"
+    assert message_text(Message("assistant", "So:", tool_calls=(call,))) == f"So:\n{line}"
+    assert message_text(Message("assistant", "yes", reasoning="because")) == "yes"
