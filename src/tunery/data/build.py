@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from tunery.data.examples import identity, read_examples, whole_identity
-from tunery.data.report import DataReport, SourceReport, SplitReport, enforce
+from tunery.data.report import DataReport, SourceReport, SplitReport, enforce, enforce_learnable
 from tunery.data.sources import Located
 from tunery.data.store import TokenStore, pack_store
-from tunery.data.tokenise import Origin, paused_gc, tokenise
+from tunery.data.tokenise import Origin, paused_gc, tokenise, too_long
 from tunery.errors import DataError
 from tunery.types import Example, Refused
 
@@ -89,6 +89,7 @@ def build(inputs: Inputs) -> Built:
             eval_store, kept = _tokenised(held, names, inputs, report, advance)
     _count(report, train_store, eval_store, has_eval)
     enforce(report, inputs.max_bad)
+    enforce_learnable(report)
     return Built(train_store, eval_store if has_eval else None, [held.examples[i] for i in kept], report)
 
 
@@ -151,10 +152,7 @@ def _tokenised(
     for number, why in refused:
         source, file, row = rows.origins[number]
         if why.reason == "too long" and inputs.too_long == "error":
-            raise DataError(
-                f"{files[file]}:{row}: the row is too long ({why.detail}); raise data.max_length, or "
-                "set data.too_long to drop or truncate"
-            )
+            raise too_long(files[file], row, why)
         report.refuse(source, files[file], row, why)
     _count_used(report, rows.keep([number for number, _ in refused]), -1)
     bad = {number for number, _ in refused}

@@ -118,8 +118,8 @@ class CacheEntry:
             if time.time() - alive > patience:
                 raise DataError(
                     f"rank {rank()} waited {patience:.0f} s for rank 0 to tokenise the data into {self.folder}, and "
-                    "saw no sign of it. Read rank 0's output; where the ranks do not share this folder, set TUNERY_CACHE "
-                    "to one they share, or data.cache: false"
+                    "saw no sign of it. Read rank 0's output; where the ranks do not share this folder, set "
+                    "TUNERY_CACHE to one they share, or data.cache: false"
                 )
             if not said and time.time() - started > 5:
                 say(f"rank {rank()} waits for rank 0 to tokenise the data")

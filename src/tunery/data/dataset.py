@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +15,12 @@ from pydantic import BeforeValidator, Field
 
 from tunery.config import Config
 from tunery.data.build import Built, Inputs, build
-from tunery.data.cache import CacheEntry, code_digest, file_digest, key_of, rank
-from tunery.data.examples import from_dict, read_examples, to_dict
+from tunery.data.cache import CacheEntry, cache_folder, code_digest, file_digest, key_of, rank
+from tunery.data.examples import from_dict, identity, read_examples, to_dict
 from tunery.data.report import DataReport, SourceReport, SplitReport, enforce
 from tunery.data.sources import Located, Source, load_hub, locate
 from tunery.data.store import TokenStore
+from tunery.data.stream import Stream, StreamingExamples
 from tunery.errors import ConfigError, DataError
 from tunery.types import Example
 
@@ -62,28 +64,29 @@ class DataConfig(Config):
 class Prepared:
     """Data ready for training: `train` a TokenStore, or a StreamingExamples where data.streaming; `eval` the held-out
     examples, tokenised, and `eval_examples` the same as conversations, for generation (in the order they were read;
-    rows refused in tokenising are not among them)."""
+    rows refused in tokenising are not among them). `located` are the training sources."""
 
-    train: Any
+    train: TokenStore | StreamingExamples
     eval: TokenStore | None
     eval_examples: list[Example]
     report: DataReport
     located: list[Located] = field(default_factory=list)
 
-    def train_examples(self, numbers: Iterable[int]) -> list[Example]:
-        """The conversations behind some training examples, read again from their files."""
+    def train_examples(self, numbers: Sequence[int]) -> list[Example]:
+        """The conversations behind some training examples, read again from their files; of a stream, the rows of these
+        numbers in the order of the files."""
+        if isinstance(self.train, StreamingExamples):
+            first = list(itertools.islice(self.train.first_rows(), max(numbers, default=-1) + 1))
+            return [first[number] for number in numbers]
         origins = [self.train.origin(number) for number in numbers]
-        found: dict[tuple[str, int], Example] = {}
-        wanted = set(origins)
+        wanted, found = set(origins), {}
         for source in self.located:
-            if len(found) == len(wanted):
-                break
             for file, row, example in read_examples(source, SourceReport(source.key, source.name)):
                 if (file, row) in wanted and isinstance(example, Example):
                     found[file, row] = example
                     if len(found) == len(wanted):
-                        break
-        return [found[origin] for origin in origins]
+                        return [found[origin] for origin in origins]
+        raise DataError(f"{self.located[0].name}: the rows are not as they were when they were tokenised")
 
 
 def prepare(
@@ -111,6 +114,10 @@ def prepare(
         objective=objective,
         console=console,
     )
+    if config.streaming:
+        made = _streamed(config, inputs, cache_key)
+        made.report.seconds = time.perf_counter() - started
+        return made
     built = _cached(inputs, cache_key) if config.cache else build(inputs)
     built.report.seconds = time.perf_counter() - started
     enforce(built.report, config.max_bad)
@@ -121,12 +128,68 @@ def prepare(
     return Prepared(store, built.eval, built.eval_examples, built.report, train)
 
 
+def _streamed(config: DataConfig, inputs: Inputs, cache_key: str) -> Prepared:
+    """Train from a stream, with the evaluation data in memory."""
+    held = None
+    if inputs.eval:
+        only_eval = replace(inputs, train=[])
+        held = _cached(only_eval, cache_key) if config.cache else build(only_eval)
+        enforce(held.report, config.max_bad)
+    examples = held.eval_examples if held else []
+    stream = StreamingExamples(
+        Stream(
+            sources=inputs.train,
+            template=inputs.template,
+            objective=inputs.objective,
+            seed=inputs.seed,
+            shuffle_buffer=config.shuffle_buffer,
+            weighted=config.mix == "weighted",
+            max_bad=config.max_bad,
+            too_long=config.too_long,
+            in_eval=frozenset(identity(example) for example in examples),
+            log=_stream_log(config, inputs, cache_key) if config.cache else None,
+        )
+    )
+    report = stream.report
+    if held is not None:
+        shift = len(report.sources)
+        report = replace(
+            report,
+            sources=report.sources + held.report.sources,
+            eval=held.report.eval,
+            refused=report.refused + [replace(row, source=row.source + shift) for row in held.report.refused],
+        )
+    return Prepared(stream, held.eval if held else None, examples, report, inputs.train)
+
+
+def _stream_log(config: DataConfig, inputs: Inputs, cache_key: str) -> Path:
+    """The folder that remembers a stream's chunks. Files are known by size and time: they are too large to hash."""
+
+    def seen(source: Located) -> list[Any]:
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files]
+
+    name = key_of(
+        {
+            "sources": [[source.source.model_dump(mode="json"), source.hub, seen(source)] for source in inputs.train],
+            "eval": [_content(source) for source in inputs.eval],
+            "order": [inputs.seed, config.shuffle_buffer, config.mix],
+            "tokens": _tokens_key(inputs, cache_key),
+        }
+    )
+    return cache_folder() / "streams" / name
+
+
 def check_config(config: DataConfig) -> None:
     """What can be said before any file is opened. Raises ConfigError."""
     if not config.train:
         raise ConfigError("data.train: no data given; name a file, a folder, a hub data set, or a list of them")
     if isinstance(config.eval, float) and not 0 < config.eval < 1:
         raise ConfigError(f"data.eval: a fraction must lie between 0 and 1, got {config.eval}")
+    if config.streaming and isinstance(config.eval, float):
+        raise ConfigError(
+            f"data.eval: {config.eval} of a stream cannot be held out, since its length is not known; "
+            "name evaluation data"
+        )
     if config.mix == "concat":
         for number, source in enumerate(config.train):
             if source.weight != 1.0:
@@ -207,22 +270,29 @@ def _load(folder: Path) -> Built:
 
 def _key(inputs: Inputs, cache_key: str) -> str:
     """The name of the cache entry: everything that decides what build() returns."""
-    objective = inputs.objective
-    config = getattr(objective, "config", None)
     return key_of(
         {
             "sources": [_content(source) for source in inputs.train + inputs.eval],
             "train": len(inputs.train),
             # The seed only chooses the rows held out.
             "eval": None if inputs.fraction is None else [inputs.fraction, inputs.seed],
-            "max_bad": inputs.max_bad,
-            "too_long": inputs.too_long,
-            "template": inputs.template.fingerprint,
-            "objective": [type(objective).__module__, config.model_dump(mode="json") if config is not None else None],
-            "code": code_digest(type(objective).__module__, type(inputs.template).__module__),
-            "more": cache_key,
+            "tokens": _tokens_key(inputs, cache_key),
         }
     )
+
+
+def _tokens_key(inputs: Inputs, cache_key: str) -> list[Any]:
+    """What decides the tokens of a given row."""
+    objective = inputs.objective
+    config = getattr(objective, "config", None)
+    return [
+        inputs.template.fingerprint,
+        inputs.too_long,
+        type(objective).__module__,
+        config.model_dump(mode="json") if config is not None else None,
+        code_digest(type(objective).__module__, type(inputs.template).__module__),
+        cache_key,
+    ]
 
 
 def _content(located: Located) -> dict[str, Any]:

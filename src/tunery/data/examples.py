@@ -21,12 +21,14 @@ _LOOKED_AT = 100  # rows that decide the format and the columns
 def read_examples(
     located: Located, report: SourceReport, streaming: bool = False
 ) -> Iterator[tuple[str, int, Example | Refused]]:
-    """(file, row, Example or why not) of a source, in order; `Example.meta` has "file" and "row". What was found out
-    about the source goes into `report`. Raises DataError where no format fits, ConfigError for wrong columns."""
+    """(file, row, Example or why not) of a source, in order; `Example.meta` has "file" and "row". What is found out
+    about the source goes into `report`; a format that is there already is kept. Raises DataError where no format
+    fits, ConfigError for wrong columns."""
     rows = read_rows(located, streaming)
     first = list(itertools.islice(rows, _LOOKED_AT))
     seen = [row for _, _, row in first if not isinstance(row, Refused)]
-    choose_format(located, seen, report)
+    if not report.format:
+        choose_format(located, seen, report)
     parse = load_format(report.format).parse if report.format else None
     columns, tags = report.columns, located.source.tags
     for file, number, row in itertools.chain(first, rows):
@@ -53,9 +55,9 @@ def choose_format(located: Located, rows: Sequence[Mapping[str, Any]], report: S
     elif rows:
         name = detect_format(rows)
         if name is None:
+            columns = ", ".join(map(repr, itertools.islice(rows[0], 12))) + (", ..." if len(rows[0]) > 12 else "")
             raise DataError(
-                f"{located.key}: no format fits {located.name}, whose rows have the columns "
-                f"{', '.join(map(repr, rows[0]))}. Name one with format: ({', '.join(kinds(FOLDER))}) and say what its "
+                f"{located.key}: no format fits {located.name}, whose rows have the columns {columns}. Name one with format: ({', '.join(kinds(FOLDER))}) and say what its "
                 "columns are called here with columns:, such as {prompt: question, response: answer}"
             )
         report.format = name

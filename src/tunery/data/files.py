@@ -133,7 +133,7 @@ def _csv(path: Path, delimiter: str) -> Rows:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            header = next(reader, [])
+            header = [name or f"column {i}" for i, name in enumerate(next(reader, []), 1)]
             if len(set(header)) != len(header):
                 raise DataError(f"{path}: two columns have the same name ({', '.join(header)})")
             number = 0

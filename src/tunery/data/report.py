@@ -87,7 +87,7 @@ class SplitReport:
 
 @dataclass
 class DataReport:
-    """`cache` is "hit", "built" or "off"; `seconds` the whole of it; `warnings` sentences."""
+    """`cache` is "hit", "built", "off" or "stream"; `seconds` the whole of it; `warnings` sentences."""
 
     sources: list[SourceReport] = field(default_factory=list)
     train: SplitReport = field(default_factory=SplitReport)
@@ -195,37 +195,63 @@ class DataReport:
                 f"  {row.file}:{row.row}" + (f": {row.detail}" if row.detail else "") for row in self.first(reason, 3)
             ]
         for name, side in (("train", self.train), ("eval", self.eval)):
-            if side is not None:
+            if side is not None and side.examples:
                 spread = ", ".join(f"{point} {value:,}" for point, value in side.lengths.items() if point != "min")
                 lines.append(
                     f"{name}: {side.examples:,} examples, {side.sequences:,} sequences, {side.tokens:,} tokens, "
                     f"{side.labelled:,} trained; tokens per example: {spread}"
                 )
         lines += [f"warning: {warning}" for warning in self.warnings]
-        cached = {"hit": "from the cache", "built": "tokenised and cached", "off": "tokenised"}[self.cache]
-        lines.append(f"{self.rows:,} rows {cached} in {self.seconds:.1f} s ({self.rows_per_second:,.0f} rows/s)")
+        how = {
+            "hit": "from the cache",
+            "built": "tokenised and cached",
+            "off": "tokenised",
+            "stream": "looked at, the others are read while training;",
+        }[self.cache]
+        lines.append(f"{self.rows:,} rows {how} in {self.seconds:.1f} s ({self.rows_per_second:,.0f} rows/s)")
         return lines
 
 
-def enforce(report: DataReport, max_bad: float) -> None:
-    """Stop before training on bad data. Raises DataError with the counts by reason and the first rows, where more
-    than `max_bad` of all rows are bad, or a source has no usable row, or there is nothing to learn from."""
+def enforce_share(report: DataReport, max_bad: float) -> None:
+    """Raises DataError with the counts by reason and the first rows, where more than `max_bad` of all rows are bad."""
     rows, bad = report.rows, sum(source.bad for source in report.sources)
     if rows and bad / rows > max_bad:
         raise DataError(
             f"{bad:,} of {rows:,} rows cannot be used ({bad / rows:.1%}; data.max_bad is {max_bad:.1%}):\n"
-            + _why(report, report.refused)
+            + _why(report.refused)
         )
+
+
+def enforce(report: DataReport, max_bad: float) -> None:
+    """Stop before training on bad data: `enforce_share`, and DataError where a source has no usable row at all."""
+    enforce_share(report, max_bad)
     for number, source in enumerate(report.sources):
-        if source.rows and not source.used + source.held_out + source.overlap:
+        if not source.used + source.held_out + source.overlap:
             mine = [row for row in report.refused if row.source == number]
             raise DataError(
-                f"{source.key}: none of the {source.rows:,} rows of {source.path} can be used:\n{_why(report, mine)}"
+                f"{source.key}: none of the {source.rows:,} rows of {source.path} can be used:\n{_why(mine)}"
             )
 
 
-def _why(report: DataReport, rows: Sequence[RefusedRow]) -> str:
+def enforce_learnable(report: DataReport) -> None:
+    """Raises DataError where a side has nothing to learn from or to measure: no example, or no trained token."""
+    for key, side in (("train", report.train), ("eval", report.eval)):
+        sources = [source for source in report.sources if source.key.startswith(f"data.{key}")]
+        if side is None or (key == "train" and not sources):
+            continue
+        if not side.examples:
+            lost = sum(source.overlap for source in sources)
+            why = f"; all {lost:,} usable rows are in the evaluation data too" if lost else ""
+            raise DataError(f"data.{key}: no row is left{why}:\n{_why(report.refused)}")
+        if not side.labelled:
+            raise DataError(
+                f"data.{key}: none of the {side.tokens:,} tokens is trained; the answers have weight 0, or the "
+                "objective trains nothing of these rows"
+            )
+
+
+def _why(rows: Sequence[RefusedRow]) -> str:
     counts = Counter(row.reason for row in rows)
     lines = [f"  {reason}: {count:,}" for reason, count in counts.most_common()]
-    lines += [f"    {row}" for row in [r for r in rows if r.reason not in BY_CHOICE][:_SHOWN] or rows[:_SHOWN]]
+    lines += [f"    {row}" for row in [row for row in rows if row.reason not in BY_CHOICE][:_SHOWN] or rows[:_SHOWN]]
     return "\n".join(lines)

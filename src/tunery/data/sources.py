@@ -162,8 +162,12 @@ def load_hub(located: Located, streaming: bool = False) -> tuple[Any, str]:
 
     source = located.source
     try:
-        data = datasets.load_dataset(
-            located.hub, name=source.subset, split=source.split, data_dir=located.hub_folder, streaming=streaming
+        data: Any = datasets.load_dataset(  # pyright: ignore[reportCallIssue]  its overloads want literal arguments
+            located.hub,  # pyright: ignore[reportArgumentType]
+            name=source.subset,
+            split=source.split,  # pyright: ignore[reportArgumentType]
+            data_dir=located.hub_folder,
+            streaming=streaming,  # pyright: ignore[reportArgumentType]
         )
     except Exception as error:  # the library raises dozens of kinds, all of them about this name
         raise DataError(

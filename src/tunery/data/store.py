@@ -140,7 +140,7 @@ class TokenStore:
                 path = folder / f"{name}.npy"
                 if _checksum(path) != checksum:
                     raise ValueError(f"{path.name} has changed since it was written")
-                arrays[name] = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+                arrays[name] = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False).view(np.ndarray)
             return cls(arrays, meta["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: the token store cannot be read: {error}") from None

@@ -72,11 +72,12 @@ def _may_fork() -> bool:
     return not multiprocessing.current_process().daemon
 
 
-def encode_chunk(examples: Sequence[Example], origins: Sequence[Origin], objective: Any, template: Any) -> Encoded:
-    """One chunk's usable examples, and (number within it, why) of the others. Each sequence of a text is an example of
-    its own: nothing makes them share a step, and a book must not become one stream."""
-    kept: list[Sequence[Tokens]] = []
-    places: list[Origin] = []
+def encode_examples(
+    examples: Sequence[Example], objective: Any, template: Any
+) -> tuple[list[tuple[int, Sequence[Tokens]]], list[tuple[int, Refused]]]:
+    """(number, sequences) of what can be trained, and (number, why) of the rest. Each sequence of a text becomes an
+    example of its own: nothing makes them share a step, and a book must not become one stream."""
+    kept: list[tuple[int, Sequence[Tokens]]] = []
     refused: list[tuple[int, Refused]] = []
     rows = objective.rows(examples, template)
     for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
@@ -85,21 +86,25 @@ def encode_chunk(examples: Sequence[Example], origins: Sequence[Origin], objecti
         elif not row:
             refused.append((number, Refused("nothing to train")))
         elif example.text is not None:
-            kept += [[tokens] for tokens in row]
-            places += [origins[number]] * len(row)
+            kept += [(number, [tokens]) for tokens in row]
         else:
-            kept.append(row)
-            places.append(origins[number])
-    return Chunk(kept, places), refused
+            kept.append((number, row))
+    return kept, refused
+
+
+def _encode_chunk(
+    start: int, examples: Sequence[Example], origins: Sequence[Origin], objective: Any, template: Any
+) -> Encoded:
+    kept, refused = encode_examples(examples[start : start + CHUNK], objective, template)
+    chunk = Chunk([row for _, row in kept], [origins[start + number] for number, _ in kept])
+    return chunk, [(start + number, why) for number, why in refused]
 
 
 def _in_line(
     examples: Sequence[Example], origins: Sequence[Origin], objective: Any, template: Any, count: int
 ) -> Iterator[Encoded]:
     for start in range(0, len(examples), CHUNK):
-        stop = start + CHUNK
-        chunk, refused = encode_chunk(examples[start:stop], origins[start:stop], objective, template)
-        yield chunk, [(start + number, why) for number, why in refused]
+        yield _encode_chunk(start, examples, origins, objective, template)
 
 
 def _in_processes(
@@ -136,10 +141,15 @@ def _start_worker() -> None:
 
 def _work(start: int) -> Encoded:
     assert _inherited is not None
-    examples, origins, objective, template = _inherited
-    stop = start + CHUNK
-    chunk, refused = encode_chunk(examples[start:stop], origins[start:stop], objective, template)
-    return chunk, [(start + number, why) for number, why in refused]
+    return _encode_chunk(start, *_inherited)
+
+
+def too_long(file: str, row: int, why: Refused) -> DataError:
+    """The error of data.too_long: error."""
+    return DataError(
+        f"{file}:{row}: the row is too long ({why.detail}); raise data.max_length, or set data.too_long to "
+        "drop or truncate"
+    )
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def read_call(value: Any) -> ToolCall:
     or JSON text of one. Raises RowError."""
     if not isinstance(value, dict):
         raise RowError("bad tool call", f"{describe(value)}, expected an object with a name and arguments")
-    inner = value.get("function") if isinstance(value.get("function"), dict) else value
+    inner = value["function"] if isinstance(value.get("function"), dict) else value
     name, arguments = inner.get("name"), inner.get("arguments", inner.get("parameters"))
     if not isinstance(name, str) or not name:
         raise RowError("bad tool call", "the call has no name")
