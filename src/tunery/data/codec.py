@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from tunery.data.parse import MARKERS
 from tunery.data.render import RowRefused
+from tunery.data.words import WordEncoder, word_encoder
 from tunery.errors import TemplateError
 
 # Two noncharacters: Unicode sets them aside for a program's own use, so they are in no text meant for interchange.
@@ -65,8 +66,20 @@ class Codec:
 
     def encode(self, texts: Sequence[str], shadow: bool = False) -> list[list[int]]:
         """Token ids of rendered texts: without look-alikes, or (`shadow`) from `rename`."""
-        backend = self.shadow if shadow else self.backend
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if shadow or self._words is None:
+            backend = self.shadow if shadow else self.backend
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        result = [self._words.encode(text) if text.isascii() else None for text in texts]
+        others = [i for i, ids in enumerate(result) if ids is None]
+        if others:
+            encodings = self.backend.encode_batch_fast([texts[i] for i in others], add_special_tokens=False)
+            for i, encoding in zip(others, encodings, strict=True):
+                result[i] = encoding.ids
+        return [ids for ids in result if ids is not None]
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        return word_encoder(self.backend)
 
     def encode_mixed(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """Token ids of (text, shadow) pairs, in order."""
@@ -84,7 +97,13 @@ class Codec:
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of raw text, with what the tokenizer itself puts around a document (its BOS)."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+        bare = self.backend.encode("a", add_special_tokens=False).ids
+        around = self.backend.encode("a", add_special_tokens=True).ids
+        at = next((i for i in range(len(around)) if around[i : i + len(bare)] == bare), None)
+        if at is None:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+        before, after = around[:at], around[at + len(bare) :]
+        return [before + ids + after for ids in self.encode(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Exact text of token ids, special tokens included."""

@@ -77,7 +77,7 @@ class Encoder:
     def _weigh(self, ids: np.ndarray, weights: np.ndarray, start: int, turn: Turn, shadow: bool) -> None:
         """Set the weights of one answer, whose first token is at `start`."""
         answer = ids[start:].tolist()
-        end = next((start + i for i, token in enumerate(answer) if token in self.ends), None)
+        end = min((start + answer.index(token) for token in self.ends if token in answer), default=None)
         if end is None:
             detail = f"the template ends message {turn.index + 1} with no token to stop at"
             raise RowRefused("no end-of-turn token", detail)

@@ -94,12 +94,18 @@ class Renderer:
         """The text of a conversation; `header`: with the opening of an assistant turn at its end.
 
         Raises RowRefused where the template raises."""
+        compiled = self._compiled
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": header}
         try:
-            return self._compiled.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=header, **self.variables
-            )
+            # What `compiled.render(**given)` does, without copying every global into each new context.
+            context = compiled.new_context({**self._names, **given}, shared=True)
+            return "".join(compiled.root_render_func(context))
         except Exception as error:
             raise refusal(error) from error
+
+    @cached_property
+    def _names(self) -> dict[str, Any]:
+        return {**self._compiled.globals, **self.variables}
 
     def render_marked(self, messages: Sequence[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the (start, end) characters of what {% generation %} encloses."""
