@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ def check(config: DataConfig, template: Any, objective: Any, *, seed: int = 0, c
     """What `prepare` reports, with warnings: exact duplicates, one prompt with different answers, prompts that eval
     shares with train, empty system messages, template markers and unfilled placeholders in the text, answers almost as
     long as data.max_length. A stream is read to its end. Raises ConfigError and DataError as `prepare` does."""
+    started = time.perf_counter()
     prepared = prepare(config, template, objective, seed=seed, console=console)
     report = prepared.report
     if isinstance(prepared.train, StreamingExamples):
@@ -58,6 +60,7 @@ def check(config: DataConfig, template: Any, objective: Any, *, seed: int = 0, c
     else:
         report.warnings += _long_answers(prepared.train, config.max_length)
     report.warnings += _warnings(prepared)
+    report.seconds = time.perf_counter() - started
     return report
 
 
@@ -78,10 +81,11 @@ def _place(file: str, row: int) -> str:
 def _warnings(prepared: Prepared) -> list[str]:
     """Sentences about the text of the training rows."""
     streaming = isinstance(prepared.train, StreamingExamples)
+    held = {identity(example) for example in prepared.eval_examples}
     scan = Scan()
     for source in prepared.located:
         for file, row, example in read_examples(source, SourceReport(source.key, source.name), streaming):
-            if isinstance(example, Example):
+            if isinstance(example, Example) and identity(example) not in held:
                 scan.look(example, _place(file, row))
     shared = Finding()
     for example in prepared.eval_examples:

@@ -57,8 +57,9 @@ def choose_format(located: Located, rows: Sequence[Mapping[str, Any]], report: S
         if name is None:
             columns = ", ".join(map(repr, itertools.islice(rows[0], 12))) + (", ..." if len(rows[0]) > 12 else "")
             raise DataError(
-                f"{located.key}: no format fits {located.name}, whose rows have the columns {columns}. Name one with format: ({', '.join(kinds(FOLDER))}) and say what its "
-                "columns are called here with columns:, such as {prompt: question, response: answer}"
+                f"{located.key}: no format fits {located.name}, whose rows have the columns {columns}. Name one with "
+                f"format: ({', '.join(kinds(FOLDER))}) and say what its columns are called here with columns:, such as "
+                "{prompt: question, response: answer}"
             )
         report.format = name
     if not report.format:  # nothing but refused rows

@@ -75,8 +75,12 @@ def locate(source: Source, key: str = "data.train", dataset_dir: str | None = No
 
 
 def looks_like_hub(name: str) -> bool:
-    """Whether a name that is not a path here can be one on the hub: `owner/name`, or one word."""
-    return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None and Path(name).suffix.lower() not in EXTENSIONS
+    """Whether a name that is not a path here can be one on the hub: owner/name, and no folder of the owner's name."""
+    return (
+        re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+        and Path(name).suffix.lower() not in EXTENSIONS
+        and not Path(name).parent.is_dir()
+    )
 
 
 _SPLITS = {
