@@ -339,14 +339,16 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert second.startswith("step 10/20  loss ") and evaluation == "step 10/20  evaluation loss 1.9000"
 
 
-def test_a_bar_on_a_terminal_and_silence_when_quiet():
-    reading = Reading(3, 1.25, 1e-4, 3456.0, None, None, 61)
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_bar_on_a_terminal_and_silence_when_quiet(width):
+    reading = Reading(3, 1.25, 1e-4, 3456.0, 0.4, 2**30, 61)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     display = Display(terminal, 10, quiet=False)
     display.show(reading, logged=False)
     display.close()
     shown = terminal.file.getvalue()
-    assert "3/10" in shown and "loss 1.2500  lr 1.00e-04  3.5k tokens/s  0:01:01 left" in shown
+    assert "3/10" in shown and "loss 1.2500  lr 1.00e-04  3.5k tokens/s  MFU 40%  1.0 GiB  0:01:01 left" in shown
+    assert ("━" in shown) == (width == 120)
     silent = Console(file=io.StringIO(), width=120)
     quiet = Display(silent, 10, quiet=True)
     quiet.show(reading, logged=True)

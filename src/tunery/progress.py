@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,11 @@ class Display:
         bar.update(self._task, completed=reading.step, reading=reading.text())
 
     def _start(self) -> Progress:
+        roomy = self.console.width >= 110  # a narrow terminal shows the numbers rather than the bar
         self._bar = Progress(
-            TextColumn("train"),
-            BarColumn(bar_width=24),
+            *([TextColumn("train"), BarColumn(bar_width=24)] if roomy else []),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[reading]}"),
+            TextColumn("{task.fields[reading]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self.console,
         )
         self._task = self._bar.add_task("train", total=self.total_steps, reading="")
