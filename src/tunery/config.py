@@ -6,18 +6,21 @@ that name in its folder (`tunery.objectives.dpo`); a dotted kind loads a module 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import json
 import pkgutil
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +30,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import PydanticCustomError
 
 from tunery.errors import ConfigError
 
@@ -34,7 +38,9 @@ from tunery.errors import ConfigError
 class Config(BaseModel):
     """Base of every section: unknown keys and wrong types are refused ("3" is not 3), instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class KindConfig(Config):
@@ -44,6 +50,16 @@ class KindConfig(Config):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def _share_or_steps(value: float | int) -> float | int:
+    if value >= 1 and isinstance(value, float):
+        raise ValueError("a share must be below 1, and a number of steps whole")
+    return value
+
+
+# A share of the run's steps when below 1, else a number of steps.
+Steps = Annotated[int | float, AfterValidator(_share_or_steps)]
 
 
 # ---------------------------------------------------------------- the folder is the registry
@@ -59,11 +75,15 @@ def load_kind(folder: str, kind: str) -> ModuleType:
     """The module of a kind. Raises ConfigError naming the nearest known one."""
     if "." in kind:
         try:
-            return importlib.import_module(kind)
-        except ImportError as error:
+            module = importlib.import_module(kind)
+        except (ImportError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"cannot import {kind!r} ({error}); a dotted kind must be an importable module"
+                f"cannot import {kind!r} ({error}); a dotted kind must be an importable module: install it, or put its "
+                "folder on PYTHONPATH"
             ) from error
+        if not hasattr(module, "Config"):
+            raise ConfigError(f"{kind!r} has no class Config, which every kind must have")
+        return module
     known = kinds(folder)
     if kind not in known:
         raise ConfigError(f"unknown kind {kind!r}{nearest(kind, known)} (known: {', '.join(known)})")
@@ -77,9 +97,12 @@ def build(folder: str, config: KindConfig, *args: Any) -> Any:
     return getattr(load_kind(folder, config.kind), noun)(config, *args)
 
 
-class _KindSchema:
-    def __init__(self, folder: str):
-        self.folder = folder
+@dataclass(frozen=True)
+class _KindOf:
+    """Marks a field as a kind of a folder: for the JSON schema, and to know its keys before it is resolved."""
+
+    folder: str
+    default: str
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         options: list[JsonSchemaValue] = [{"type": "string", "enum": kinds(self.folder)}]
@@ -97,20 +120,27 @@ def kind_field(folder: str, key: str, default: str) -> Any:
     def resolve(value: Any) -> KindConfig:
         if isinstance(value, KindConfig):
             return value
-        if isinstance(value, str):
-            value = {"kind": value}
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}: expected a name or a mapping with a kind, got {value!r}")
-        value = {"kind": default, **value}
-        if not isinstance(value["kind"], str):
-            raise ConfigError(f"{key}.kind: expected one of {', '.join(kinds(folder))}, got {value['kind']!r}")
         try:
-            module = load_kind(folder, value["kind"])
-        except ConfigError as error:
-            raise ConfigError(f"{key}.kind: {error}") from error
-        return validate(module.Config, dict(value), prefix=f"{key}.")
+            return _resolve(folder, key, default, value)
+        except ConfigError as error:  # carried through pydantic, so that every problem of a job comes in one error
+            raise PydanticCustomError("kind", "{text}", {"text": str(error)}) from error
 
-    return Annotated[SerializeAsAny[KindConfig], BeforeValidator(resolve), _KindSchema(folder)]
+    return Annotated[SerializeAsAny[KindConfig], BeforeValidator(resolve), _KindOf(folder, default)]
+
+
+def _resolve(folder: str, key: str, default: str, value: Any) -> KindConfig:
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: expected a name or a mapping with a kind, got {value!r}")
+    value = {"kind": default, **value}
+    if not isinstance(value["kind"], str):
+        raise ConfigError(f"{key}.kind: expected one of {', '.join(kinds(folder))}, got {value['kind']!r}")
+    try:
+        module = load_kind(folder, value["kind"])
+    except ConfigError as error:
+        raise ConfigError(f"{key}.kind: {error}") from error
+    return validate(module.Config, value, prefix=f"{key}.")
 
 
 # ---------------------------------------------------------------- validation with errors for people
@@ -121,26 +151,66 @@ def validate(model: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_describe(model, problem, prefix) for problem in error.errors()]
+        found: dict[tuple[str, ...], list[Any]] = {}
+        for problem in error.errors():
+            found.setdefault(_path(problem, values), []).append(problem)
+        # Of a union's branches, the one that got deeper is the one that was meant.
+        inner = [path for path in found if not any(path == other[: len(path)] != other for other in found)]
+        lines = [_describe(model, list(path), found[path], prefix) for path in inner]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _describe(model: type[BaseModel], problem: Any, prefix: str) -> str:
-    path = [str(part) for part in problem["loc"] if not _is_type_tag(part)]
-    where = prefix + ".".join(path)
-    if problem["type"] == "extra_forbidden":
+def _path(problem: Any, values: Any) -> tuple[str, ...]:
+    """Where a problem is, in the words of the file: pydantic puts the branch of a union into its path, and the list
+    that a short form was put into; a person wrote neither."""
+    path: list[str] = []
+    for part in problem["loc"]:
+        if _holds(values, part):
+            values = values[part]
+        elif problem["type"] != "missing" or part != problem["loc"][-1]:
+            continue
+        path.append(str(part))
+    return tuple(path)
+
+
+def _holds(values: Any, part: Any) -> bool:
+    if isinstance(values, Mapping):
+        return part in values
+    return isinstance(values, list) and isinstance(part, int) and part < len(values)
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+def _describe(model: type[BaseModel], path: list[str], problems: list[Any], prefix: str) -> str:
+    """One line for all problems of one key."""
+    where, first = (prefix + ".".join(path)).rstrip("."), problems[0]
+    if first["type"] == "kind":
+        return first["msg"]
+    if first["type"] == "extra_forbidden":
         siblings = _fields_at(model, path[:-1])
-        hint = nearest(path[-1], siblings) or _elsewhere(model, path[-1], prefix)
+        hint = _elsewhere(model, path[-1], prefix, 1.0) or nearest(path[-1], siblings)
+        hint = hint or _elsewhere(model, path[-1], prefix, 0.8)
         return f"{where}: unknown key{hint}" + (f" (known: {', '.join(siblings)})" if not hint and siblings else "")
-    if problem["type"] == "missing":
+    if first["type"] == "missing":
         return f"{where}: is required"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
-
-
-def _is_type_tag(part: Any) -> bool:
-    """Pydantic puts the name of a union's branch into the path ("list[Source]"); a person did not write that."""
-    return isinstance(part, str) and bool(re.search(r"[\[\(]|^(str|int|float|bool|dict|list)$|^[A-Z]\w*$", part))
+    wanted = [_EXPECTED[problem["type"]] for problem in problems if problem["type"] in _EXPECTED]
+    if wanted and len(wanted) == len(problems):
+        return f"{where}: expected {' or '.join(dict.fromkeys(wanted))}, got {first['input']!r}"
+    rest = next(problem for problem in problems if problem["type"] not in _EXPECTED)
+    message = str(rest["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    got = "" if isinstance(rest["input"], Mapping) else f", got {rest['input']!r}"
+    choices = re.findall(r"'([^']*)'", message) if rest["type"] == "literal_error" else []
+    return f"{where}: {message}{got}{nearest(str(rest['input']), choices)}"
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
@@ -176,16 +246,15 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _elsewhere(model: type[BaseModel], word: str, prefix: str) -> str:
+def _elsewhere(model: type[BaseModel], word: str, prefix: str, cutoff: float) -> str:
     """A key that exists, but in another section: `lr` at the top level is `optimizer.lr`."""
     paths = list(_all_keys(model))
-    for section in ("optimizer", "schedule", "adapter", "objective"):
-        if section in model.model_fields:
-            default = model.model_fields[section].default
-            if isinstance(default, KindConfig):
-                paths += [f"{section}.{name}" for name in type(default).model_fields]
+    for name, field in model.model_fields.items():
+        for mark in field.metadata:
+            if isinstance(mark, _KindOf):
+                paths += [f"{name}.{key}" for key in load_kind(mark.folder, mark.default).Config.model_fields]
     last = {path.rsplit(".", 1)[-1]: path for path in reversed(paths)}
-    close = difflib.get_close_matches(word, list(last), n=1, cutoff=0.8)
+    close = difflib.get_close_matches(word, list(last), n=1, cutoff=cutoff)
     return f"; did you mean {prefix + last[close[0]]!r}?" if close else ""
 
 
@@ -193,7 +262,13 @@ def _elsewhere(model: type[BaseModel], word: str, prefix: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `1e-4` is a number (PyYAML wants `1.0e-4`), a key given twice is an error."""
+    """YAML as people expect it: `1e-4` is a number (PyYAML wants `1.0e-4`), `2024-01-01` is text, a key given twice
+    is an error."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(
@@ -204,14 +279,16 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    loader.flatten_mapping(node)
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in result:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
+    own: set[str] = set()
+    for key_node, _ in node.value:
+        line = f"line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{line}: a key must be a word")
+        if key_node.value in own and key_node.value != "<<":
+            raise ConfigError(f"{line}: the key {key_node.value!r} is given twice")
+        own.add(key_node.value)
+    loader.flatten_mapping(node)  # `<<: *defaults`, whose keys come first and may be given again
+    return {str(key.value): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
@@ -226,43 +303,78 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file. Raises ConfigError naming the file and the line."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = nearest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
         raise ConfigError(f"{path}: no such file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        values = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
+        values = json.loads(text, object_pairs_hook=_pairs) if path.suffix == ".json" else parse_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+    if values is None:
+        raise ConfigError(f"{path}: is empty")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return values
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's objects, with a key given twice an error as in YAML."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ConfigError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return result
+
+
+# Where a bare word stands for a mapping with this key.
+_SHORT = {"model": "name", "objective": "kind", "adapter": "kind", "optimizer": "kind", "schedule": "kind"}
+_SHORT |= {"data.train": "path", "data.eval": "path"}
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`key.sub=value` words from the command line onto a mapping (a copy comes back). Values are read as YAML.
-    A sub-key of a short form keeps it: `model.dtype=bf16` on `model: builtin:tiny` gives {name: builtin:tiny, ...}."""
-    short = {"model": "name", "objective": "kind", "adapter": "kind", "optimizer": "kind", "schedule": "kind"}
-    result = json.loads(json.dumps(values))
+    A sub-key of a short form keeps it: `model.dtype=bfloat16` on `model: builtin:tiny` gives {name: builtin:tiny, ...};
+    a number is a place in a list: `data.train.0.samples=100`. Raises ConfigError."""
+    result = copy.deepcopy(dict(values))
     for word in overrides:
         key, equals, text = word.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"{word!r}: expected key=value, such as train.epochs=2")
         try:
             value = parse_yaml(text)
         except yaml.YAMLError:
             value = text
-        at: dict[str, Any] = result
         *parents, last = key.split(".")
+        at: Any = result
         for depth, parent in enumerate(parents):
-            inside = at.get(parent)
-            if not isinstance(inside, dict):
-                inside = {short[parent]: inside} if depth == 0 and parent in short and isinstance(inside, str) else {}
-                at[parent] = inside
-            at = inside
-        at[last] = value
+            place = _place(at, parent, word)
+            at[place] = _opened(at[place] if isinstance(at, list) else at.get(place), parents[: depth + 1], word)
+            at = at[place]
+        at[_place(at, last, word)] = value
     return result
+
+
+def _place(at: dict[str, Any] | list[Any], word: str, override: str) -> Any:
+    """The key of a mapping, or the index of a list."""
+    if isinstance(at, dict):
+        return word
+    if not word.isdigit() or int(word) >= len(at):
+        raise ConfigError(f"{override!r}: {word!r} is no place in a list of {len(at)} (they count from 0)")
+    return int(word)
+
+
+def _opened(value: Any, path: list[str], override: str) -> dict[str, Any] | list[Any]:
+    """What stands at `path`, as something that has keys."""
+    if isinstance(value, dict | list):
+        return value
+    if value is None:
+        return {}
+    short = _SHORT.get(".".join(path))
+    if short is None or not isinstance(value, str):
+        raise ConfigError(f"{override!r}: {'.'.join(path)} is {value!r}, which has no keys")
+    return {short: value}

@@ -5,18 +5,28 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tunery.config import Config
+from tunery.config import Config, Steps
 
 
 class ScheduleConfig(Config):
     """The `schedule:` section. In YAML a bare name stands for {kind: ...}."""
 
-    kind: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="shape after the warm-up")
-    warmup: float | int = Field(0.03, ge=0, description="a share of all steps when below 1, else steps")
-    decay: float | int = Field(0.1, ge=0, description="wsd: the final linear decay, a share of all steps or steps")
-    min_ratio: float = Field(0.0, ge=0, le=1, description="the learning rate ends at this share of its peak")
+    kind: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        default="cosine", description="shape after the warm-up"
+    )
+    warmup: Steps = Field(default=0.03, ge=0, description="a share of all steps when below 1, else steps")
+    decay: Steps = Field(default=0.1, ge=0, description="wsd: the final linear decay, a share of all steps or steps")
+    min_ratio: float = Field(default=0.0, ge=0, le=1, description="the learning rate ends at this share of its peak")
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> ScheduleConfig:
+        if self.kind != "wsd" and self.decay != ScheduleConfig.model_fields["decay"].default:
+            raise ValueError(f"decay is for wsd; {self.kind} has none")
+        if self.kind == "constant" and self.min_ratio:
+            raise ValueError("min_ratio: constant does not come down; wsd stays and then does")
+        return self
 
 
 def _steps(value: float | int, total: int) -> int:
@@ -34,12 +44,12 @@ def factor(config: ScheduleConfig, step: int, total: int) -> float:
         return (step + 1) / warm
     if config.kind == "constant":
         return 1.0
-    progress = (step - warm) / max(1, total - warm)
+    progress = min(1.0, (step - warm) / max(1, total - warm))
     if config.kind == "cosine":
         shape = 0.5 * (1.0 + math.cos(math.pi * progress))
     elif config.kind == "linear":
         shape = 1.0 - progress
     else:
         decay = max(1, _steps(config.decay, total))
-        shape = min(1.0, (total - step) / decay)
+        shape = min(1.0, max(0, total - step) / decay)
     return config.min_ratio + (1.0 - config.min_ratio) * shape

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tunery.compat.llamafactory import Converted, convert, is_llamafactory, load, to_yaml
+from tunery.compat.llamafactory import NEVER, Converted, convert, is_llamafactory, load, to_yaml
 from tunery.compat.llamafactory_options import FAMILIES, GOVERNED, IGNORED, KNOWN, READ, REFUSED, STYLES
 from tunery.compat.llamafactory_reader import Options
 from tunery.config import parse_yaml, read_config
@@ -161,7 +161,7 @@ def test_their_defaults_hold_where_the_file_says_nothing(monkeypatch):
     train = result.train
     assert (train.batch_size, train.epochs, train.max_steps, train.seed, train.max_grad_norm) == (8, 3, None, 42, 1.0)
     assert (train.save_every, train.log_every, train.resume, train.keep > 1000) == (500, 500, True, True)
-    assert (result.eval.every, result.eval.best, result.eval.patience) == (None, False, None)
+    assert (result.eval.every, result.eval.best, result.eval.patience) == (NEVER, False, None)
     assert result.objective.model_dump() == {"kind": "sft", "train_on": "answers"}
     assert result.report.to == []
 
@@ -259,7 +259,7 @@ def test_full_file():
     )
     assert result.adapter.kind == "full" and result.model.dtype == "bfloat16"
     assert result.data.eval == 0.1
-    assert result.eval.every == result.train.save_every == 0.25
+    assert result.eval.every is None and result.train.save_every is None  # null is every epoch
     assert result.train.resume == "saves/full/checkpoint-500"
 
 
@@ -354,9 +354,9 @@ def test_schedules():
 def test_intervals():
     assert job(eval_strategy="steps", logging_steps=20).eval.every == 20  # eval_steps falls back on logging_steps
     assert job(evaluation_strategy="steps", eval_steps=0.1).eval.every == 0.1
-    assert job(save_strategy="no").train.save_every is None
-    assert job(save_strategy="epoch", num_train_epochs=1).train.save_every is None
-    assert "save_strategy" in problem(save_strategy="epoch", max_steps=10)
+    assert job(save_strategy="no").train.save_every == NEVER == job().eval.every
+    assert job(save_steps=0.25).train.save_every == 0.25
+    assert "save_strategy" in problem(save_strategy="best")
     assert job(logging_steps=0.1).train.log_every == 5
 
 

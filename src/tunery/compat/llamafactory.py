@@ -23,7 +23,8 @@ from tunery.errors import ConfigError
 SECTIONS = ("model", "data", "objective", "adapter", "optimizer", "schedule", "train", "eval", "report", "output")
 MARKS = ("model_name_or_path", "stage", "finetuning_type", "export_dir", "cutoff_len", "per_device_train_batch_size")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab")
-KEEP_ALL = 1_000_000
+KEEP_ALL = 1_000_000  # checkpoints
+NEVER = 1_000_000  # steps; the end of a run counts always
 
 
 @dataclass(slots=True)
@@ -295,7 +296,9 @@ def _train(o: Options) -> dict[str, Any]:
         o.note("train.checkpointing: off, where LLaMA-Factory's is on; same result, faster, more memory")
     if o("data_seed") not in (None, o("seed")):
         o.note("data_seed: ignored; one seed drives everything random, the order of the rows too")
-    train["save_every"] = _interval(o, "save_strategy", "save_steps", o("save_steps"))
+    train["save_every"] = _interval(o, "save_strategy", o("save_steps"))
+    if o("save_strategy") == "epoch":
+        o.note("save_strategy: epoch saves after every epoch, and every 500 steps where an epoch is longer")
     train["keep"] = o("save_total_limit") or KEEP_ALL
     train["resume"] = _resume(o)
     if o("logging_strategy") == "steps" and o("logging_steps") >= 1:
@@ -322,24 +325,20 @@ def _resume(o: Options) -> bool | str:
     return given if given else not o("overwrite_output_dir")
 
 
-def _interval(o: Options, strategy: str, name: str, steps: float | int | None) -> float | int | None:
-    """How often: steps, a share of the run below 1, or None for the end only."""
+def _interval(o: Options, strategy: str, steps: float | int | None) -> float | int | None:
+    """How often: steps, a share of the run below 1, None for every epoch, or NEVER."""
     kind = o(strategy)
     if kind == "steps":
         return steps
-    if kind == "epoch":
-        if o("max_steps") > 0:
-            o.refuse(strategy, f"{strategy}: steps with {name}, as max_steps is set")
-        return 1 / o("num_train_epochs") if o("num_train_epochs") > 1 else None
-    if kind != "no":
+    if kind not in ("epoch", "no"):
         o.refuse(strategy, "steps, epoch or no")
-    return None
+    return NEVER if kind == "no" else None
 
 
 def _eval(o: Options) -> dict[str, Any]:
     if o("metric_for_best_model") not in ("loss", "eval_loss"):
         o.refuse("metric_for_best_model", "loss")
-    every = _interval(o, "eval_strategy", "eval_steps", o("eval_steps") or o("logging_steps"))
+    every = _interval(o, "eval_strategy", o("eval_steps") or o("logging_steps"))
     section: dict[str, Any] = {"every": every, "best": o("load_best_model_at_end")}
     if o("early_stopping_steps"):
         section["patience"] = o("early_stopping_steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,11 @@ def _has_own_template(model: str, revision: str) -> bool | None:
         found = [Path(path) for path in cached if isinstance(path, str)]
         if not found:
             return None
-    for path in found:
-        if path.is_file() and (path.suffix == ".jinja" or '"chat_template"' in path.read_text(encoding="utf-8")):
-            return True
-    return False
+    return any(path.is_file() and (path.suffix == ".jinja" or _names_template(path)) for path in found)
+
+
+def _names_template(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
+    except ValueError:  # said by whoever loads the tokenizer
+        return False
