@@ -53,7 +53,7 @@ def investigate(
             loss.backward()
             bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             module, where = (bad[-1], "gradient") if bad else (None, "")  # the backward met the last one first
-        findings.append(Finding(number, float(loss), module, where, sorted(set(batch.rows))))
+        findings.append(Finding(number, float(loss.detach()), module, where, sorted(set(batch.rows))))
     model.zero_grad(set_to_none=True)
     return findings
 

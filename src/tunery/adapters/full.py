@@ -45,5 +45,6 @@ class Adapter:
 
     def finish(self, model: Any, folder: Path, base: str, dtype: torch.dtype) -> None:
         """What the run leaves behind: the model in the dtype its base was stored in."""
-        model.to(dtype)
+        for parameter in model.parameters():  # not model.to: rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
         model.save_pretrained(folder)

@@ -108,7 +108,7 @@ def load_model(
             )
     else:
         loaded = _from_pretrained(AutoModelForCausalLM, model, **options)
-    return loaded.to(device=device, dtype=dtype)
+    return loaded.to(device)  # not to(dtype): it would round the rotary frequencies, which are float32 in any model
 
 
 def hook_attention(model: PreTrainedModel) -> bool:
