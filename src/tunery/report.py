@@ -18,7 +18,7 @@ from tunery.diagnose import DataCounts, Diagnosis, diagnose
 from tunery.history import Evaluation, LineFile, Step, read_history, tokens_per_second, window_means
 from tunery.progress import Display, Reading, clock_text
 from tunery.results import Facts, Outcome
-from tunery.run_report import comparison_tables, library_versions, write_run_folder
+from tunery.run_report import comparison_tables, write_run_folder
 from tunery.trackers import Tracker, make_trackers
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Report:
     ):
         self.output, self.total_steps, self.total_epochs = Path(output), total_steps, total_epochs
         self.log_every, self.flops_per_token, self.peak_flops = log_every, flops_per_token, peak_flops
-        self.job, self.counts, self.versions = dict(job or {}), counts, dict(versions or library_versions())
+        self.job, self.counts, self.versions = dict(job or {}), counts, dict(versions or {})
         self.trackers = make_trackers(config, self.output, start_step, self.job) if trackers is None else list(trackers)
         self.warnings: list[str] = []
         self.notes: list[str] = []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,6 @@ from tunery.plots import plot_eval_loss, plot_training_loss
 from tunery.progress import clock_text, human
 from tunery.results import Facts, Outcome, eval_results, outcome_results, perplexity, train_results, trainer_state
 
-LIBRARIES = ("tunery", "torch", "transformers", "tokenizers", "peft", "accelerate", "datasets")
 LONGEST_CELL = 600  # characters of a sample that are shown; what is left out is counted beside it
 
 
@@ -43,17 +40,6 @@ def write_run_folder(
     drawn = [name for name, draw in plots.items() if draw(facts.history, folder / name)]
     write_text(folder / "report.md", page(folder.resolve().name, facts, drawn))
     return everything
-
-
-def library_versions() -> dict[str, str]:
-    """Python's and the installed libraries' versions."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # ------------------------------------------------------------ report.md
