@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tunery.config import validate
 from tunery.data.examples import read_examples
@@ -42,6 +44,8 @@ def predict(
     out: str | Path,
     sampling: Sampling | None = None,
     *,
+    samples: int | None = None,
+    console: Any = None,
     dtype: str = "auto",
     device: str = "auto",
     template: str | None = None,
@@ -52,7 +56,8 @@ def predict(
     """Answers the rows of `data` (a path, hub name, dataset_info.json name, or a source as in the `data:` section) with
     `target`; writes them to `out` in the data's order, and `<out without extension>.scores.json`. Returns the scores:
     those of evaluate.text.score over the rows that have a label, "answered", "refused" (rows that cannot be used) and
-    "cut" (answers that ended at max_new_tokens).
+    "cut" (answers that ended at max_new_tokens). `samples`: only the first n rows. Progress and rows that cannot be used
+    are shown on `console` (rich; None: standard error).
 
     Until all rows are answered they gather in `<out>.partial`. With `resume` an interrupted run of the same target,
     data and sampling goes on from there, and a finished one is not done again. Raises DataError where `<out>.partial`
@@ -61,8 +66,10 @@ def predict(
     sampling = sampling or Sampling()
     loaded = load_target(target, dtype=dtype, device=device, template=template)
     generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template, batch_tokens=batch_tokens)
+    console = console or Console(stderr=True)
     values = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
-    questions, refused, rows = _read(validate(Source, values), dataset_dir, generator)
+    values |= {"samples": samples} if samples is not None else {}
+    questions, refused, rows = _read(validate(Source, values), dataset_dir, generator, console)
     settings = _settings(loaded, questions, sampling)
     scores_path = out.with_name(f"{out.stem}.scores.json")
     if resume and out.is_file() and (done := _finished(scores_path, settings)):
@@ -72,7 +79,7 @@ def predict(
     missing = [i for i in range(len(questions)) if i not in answers]
     requests = [Request(ids=questions[i].ids, number=i) for i in missing]
     with partial.open("a", encoding="utf-8") as file:
-        for completion in _shown(generator.generate(requests, sampling), len(questions), len(answers)):
+        for completion in _shown(generator.generate(requests, sampling), len(questions), len(answers), console):
             answer = {"predict": answer_text(completion), "finish": completion.finish}
             answers[completion.index] = answer
             file.write(json_line({"index": completion.index, **answer}))
@@ -146,7 +153,7 @@ def answer_text(completion: Completion) -> str:
 
 
 def _read(
-    source: Source, dataset_dir: str | None, generator: HFGenerator
+    source: Source, dataset_dir: str | None, generator: HFGenerator, console: Console
 ) -> tuple[list[Question], list[RefusedRow], int]:
     """The questions of a source, the rows that give none (which are shown), and the number of rows."""
     report = SourceReport("data", source.path)
@@ -165,7 +172,7 @@ def _read(
         lines += [f"  {row}" for row in refused[:5]] + (["  ..."] if len(refused) > 5 else [])
         if not questions:
             raise DataError("\n".join(lines))
-        print("\n".join(lines), file=sys.stderr)
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return questions, refused, rows
 
 
@@ -240,18 +247,15 @@ def _line(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise DataError(f"{path}:{number}: is damaged ({error}); remove the file to begin anew") from None
 
 
-def _shown(completions: Iterator[Completion], total: int, done: int) -> Iterator[Completion]:
-    """The same completions, with a progress bar on standard error: rows, tokens per second, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _shown(completions: Iterator[Completion], total: int, done: int, console: Console) -> Iterator[Completion]:
+    """The same completions, with a progress bar: rows, tokens per second, time left."""
     bar = Progress(
         TextColumn("answering"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
     )
     tokens = 0

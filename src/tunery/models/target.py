@@ -146,23 +146,23 @@ def _nothing_here(folder: Path, job: dict[str, Any] | None) -> str:
 
 
 def _base_of(folder: Path, job: dict[str, Any] | None) -> ModelConfig:
-    """The base of an adapter: as the job that trained it says, else as the adapter itself says."""
-    if job:
-        model = job["model"]
-        model = {"name": model} if isinstance(model, str) else model
-        kept = {key: model[key] for key in ("revision", "dtype", "trust_remote_code") if key in model}
-        base = model_config(model.get("name", "builtin:tiny"), **kept)
-    else:
-        values = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-        if not values.get("base_model_name_or_path"):
-            raise ModelError(f"{folder / ADAPTER}: names no base model; fill in base_model_name_or_path")
-        base = model_config(values["base_model_name_or_path"], revision=values.get("revision"))
+    """The base of an adapter, as its own file says; the job that trained it knows how to load it."""
+    values = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    model = (job or {}).get("model") or {}
+    model = {"name": model} if isinstance(model, str) else model
+    name = values.get("base_model_name_or_path") or model.get("name")
+    if not name:
+        raise ModelError(f"{folder / ADAPTER}: names no base model; fill in base_model_name_or_path")
+    options = {
+        key: model[key] for key in ("revision", "trust_remote_code") if model.get("name") == name and key in model
+    }
+    base = model_config(name, **{"revision": values.get("revision"), **options})
     try:
         resolve_name(base.name)
     except ModelError as error:
         raise ModelError(
-            f"{folder}: its base model cannot be found: {error}. If it was moved, put the new path in "
-            f"{JOB + ' (model.name)' if job else ADAPTER + ' (base_model_name_or_path)'}"
+            f"{folder}: its base model cannot be found: {error}. If it was moved, put its new place into "
+            f"base_model_name_or_path of {folder / ADAPTER}"
         ) from None
     return base
 
