@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_model import byte_tokenizer, random_llama, save
 from transformers import AutoModelForCausalLM
 
+from tiny_model import byte_tokenizer, random_llama, save
 from tunery.errors import ModelError
 from tunery.models.load import resolve_name
 from tunery.models.target import load_adapter, load_target, resolve_target

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,7 +136,10 @@ def _merge(model: Any) -> PreTrainedModel:
     tied = getattr(output, "weight", None) is source.weight
     if tied:
         output.weight = nn.Parameter(output.weight.detach().clone())
-    merged = model.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        # PEFT warns of embeddings that are no longer tied; whether they are is decided below.
+        warnings.simplefilter("ignore", UserWarning)
+        merged = model.merge_and_unload(safe_merge=True)
     if tied:
         first, last = merged.get_input_embeddings(), merged.get_output_embeddings()
         same = torch.equal(first.weight, last.weight)

@@ -21,8 +21,8 @@ class TextStream:
     A Chinese character or an emoji may take several tokens; until the last of them is here, decoding ends in U+FFFD
     and the piece is held back. Decoding starts a few tokens back, so that a tokenizer which drops the space at the
     start of a text (SentencePiece) does so for both sides of the comparison. The pieces joined are `decode`
-    of all, but for bytes that are no UTF-8: a SentencePiece decoder then breaks their whole run, with what was valid and
-    has been given out already."""
+    of all, but for bytes that are no UTF-8: a SentencePiece decoder then breaks their whole run, with what was valid
+    and has been given out already."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer

@@ -56,8 +56,8 @@ def predict(
     """Answers the rows of `data` (a path, hub name, dataset_info.json name, or a source as in the `data:` section) with
     `target`; writes them to `out` in the data's order, and `<out without extension>.scores.json`. Returns the scores:
     those of evaluate.text.score over the rows that have a label, "answered", "refused" (rows that cannot be used) and
-    "cut" (answers that ended at max_new_tokens). `samples`: only the first n rows. Progress and rows that cannot be used
-    are shown on `console` (rich; None: standard error).
+    "cut" (answers that ended at max_new_tokens). `samples`: only the first n rows. Progress, and rows that cannot be
+    used, are shown on `console` (rich; None: standard error).
 
     Until all rows are answered they gather in `<out>.partial`. With `resume` an interrupted run of the same target,
     data and sampling goes on from there, and a finished one is not done again. Raises DataError where `<out>.partial`

@@ -153,9 +153,8 @@ def _base_of(folder: Path, job: dict[str, Any] | None) -> ModelConfig:
     name = values.get("base_model_name_or_path") or model.get("name")
     if not name:
         raise ModelError(f"{folder / ADAPTER}: names no base model; fill in base_model_name_or_path")
-    options = {
-        key: model[key] for key in ("revision", "trust_remote_code") if model.get("name") == name and key in model
-    }
+    known = model if model.get("name") == name else {}
+    options = {key: known[key] for key in ("revision", "trust_remote_code") if key in known}
     base = model_config(name, **{"revision": values.get("revision"), **options})
     try:
         resolve_name(base.name)
