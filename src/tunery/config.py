@@ -75,15 +75,12 @@ def load_kind(folder: str, kind: str) -> ModuleType:
     """The module of a kind. Raises ConfigError naming the nearest known one."""
     if "." in kind:
         try:
-            module = importlib.import_module(kind)
+            return importlib.import_module(kind)
         except (ImportError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"cannot import {kind!r} ({error}); a dotted kind must be an importable module: install it, or put its "
                 "folder on PYTHONPATH"
             ) from error
-        if not hasattr(module, "Config"):
-            raise ConfigError(f"{kind!r} has no class Config, which every kind must have")
-        return module
     known = kinds(folder)
     if kind not in known:
         raise ConfigError(f"unknown kind {kind!r}{nearest(kind, known)} (known: {', '.join(known)})")
@@ -140,6 +137,8 @@ def _resolve(folder: str, key: str, default: str, value: Any) -> KindConfig:
         module = load_kind(folder, value["kind"])
     except ConfigError as error:
         raise ConfigError(f"{key}.kind: {error}") from error
+    if not hasattr(module, "Config"):
+        raise ConfigError(f"{key}.kind: {value['kind']!r} has no class Config, which every kind must have")
     return validate(module.Config, value, prefix=f"{key}.")
 
 

@@ -17,6 +17,7 @@ from tunery.config import Config
 from tunery.data.build import Built, Inputs, build
 from tunery.data.cache import CacheEntry, cache_folder, code_digest, file_digest, key_of, rank
 from tunery.data.examples import from_dict, identity, read_examples, to_dict
+from tunery.data.formats import load_format
 from tunery.data.report import DataReport, SourceReport, SplitReport, enforce
 from tunery.data.sources import Located, Source, load_hub, locate
 from tunery.data.store import TokenStore
@@ -39,25 +40,29 @@ Sources = Annotated[list[Source], BeforeValidator(_sources)]
 class DataConfig(Config):
     """The `data:` section."""
 
-    train: Sources = Field([], description="path, list, or {path, format, columns, weight, samples, split}")
+    train: Sources = Field(default=[], description="path, list, or {path, format, columns, weight, samples, split}")
     eval: Annotated[list[Source] | float | None, BeforeValidator(_sources)] = Field(
-        None, description="the same as train, or a fraction of it to hold out, such as 0.02"
+        default=None, description="the same as train, or a fraction of it to hold out, such as 0.02"
     )
     dataset_dir: str | None = Field(
-        None, description="folder of dataset_info.json; names in train/eval are looked up there"
+        default=None, description="folder of dataset_info.json; names in train/eval are looked up there"
     )
-    template: str = Field("auto", description="auto (the tokenizer's own), a named one, or a path to a .jinja file")
-    system: str | None = Field(None, description="system message for rows that have none")
-    max_length: int = Field(1024, ge=8, description="longest sequence, in tokens")
-    too_long: Literal["drop", "truncate", "error"] = Field("drop", description="what happens to longer rows")
-    max_bad: float = Field(0.05, ge=0, le=1, description="stop when more than this share of the rows cannot be used")
+    template: str = Field(
+        default="auto", description="auto (the tokenizer's own), a named one, or a path to a .jinja file"
+    )
+    system: str | None = Field(default=None, description="system message for rows that have none")
+    max_length: int = Field(default=1024, ge=8, description="longest sequence, in tokens")
+    too_long: Literal["drop", "truncate", "error"] = Field(default="drop", description="what happens to longer rows")
+    max_bad: float = Field(
+        default=0.05, ge=0, le=1, description="stop when more than this share of the rows cannot be used"
+    )
     mix: Literal["concat", "weighted"] = Field(
-        "concat", description="concat: every row once an epoch; weighted: by weight"
+        default="concat", description="concat: every row once an epoch; weighted: by weight"
     )
-    streaming: bool = Field(False, description="read while training, for data larger than memory")
-    shuffle_buffer: int = Field(16384, ge=1, description="rows held for shuffling when streaming")
-    workers: int | None = Field(None, ge=1, description="tokenising processes (default: one per core)")
-    cache: bool = Field(True, description="keep tokenised data in TUNERY_CACHE (default ~/.cache/tunery)")
+    streaming: bool = Field(default=False, description="read while training, for data larger than memory")
+    shuffle_buffer: int = Field(default=16384, ge=1, description="rows held for shuffling when streaming")
+    workers: int | None = Field(default=None, ge=1, description="tokenising processes (default: one per core)")
+    cache: bool = Field(default=True, description="keep tokenised data in TUNERY_CACHE (default ~/.cache/tunery)")
 
 
 @dataclass
@@ -285,12 +290,15 @@ def _tokens_key(inputs: Inputs, cache_key: str) -> list[Any]:
     """What decides the tokens of a given row."""
     objective = inputs.objective
     config = getattr(objective, "config", None)
+    modules = [type(objective).__module__, type(inputs.template).__module__]
+    outside = {source.source.format for source in inputs.train + inputs.eval if "." in source.source.format}
+    modules += sorted(load_format(name).__name__ for name in outside)
     return [
         inputs.template.fingerprint,
         inputs.too_long,
         type(objective).__module__,
         config.model_dump(mode="json") if config is not None else None,
-        code_digest(type(objective).__module__, type(inputs.template).__module__),
+        code_digest(*modules),
         cache_key,
     ]
 
