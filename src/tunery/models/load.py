@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 class ModelConfig(Config):
     """The `model:` section. In YAML a bare name stands for {name: ...}."""
 
-    name: str = Field("builtin:tiny", description="builtin:tiny, a folder, or a hub name")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub name")
+    name: str = Field(default="builtin:tiny", description="builtin:tiny, a folder, or a hub name")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto", description="of frozen weights and arithmetic; auto: bfloat16 where that is fast, else float32"
+        default="auto", description="of frozen weights and arithmetic; auto: bfloat16 where that is fast, else float32"
     )
     attention: str = Field(
-        "auto", description="auto (our packed hook), or an implementation of transformers, e.g. eager"
+        default="auto", description="auto (our packed hook), or an implementation of transformers, e.g. eager"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    random_init: bool = Field(False, description="random weights from config.json: for pretraining and benchmarks")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    random_init: bool = Field(
+        default=False, description="random weights from config.json: for pretraining and benchmarks"
+    )
     init_from: str | None = Field(
-        None, description="start from this adapter or weights folder, with a fresh optimizer (not a resume)"
+        default=None, description="start from this adapter or weights folder, with a fresh optimizer (not a resume)"
     )
 
 
