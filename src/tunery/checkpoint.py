@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tunery.errors import TuneryError
 
@@ -43,10 +44,10 @@ def save(
     write_model: Callable[[Path], None],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    keep: int,
+    keep: int | None,
     best: int | None,
 ) -> Path:
-    """Write `checkpoint-<step>` and remove the oldest beyond `keep`, never the one of step `best`. Raises
+    """Write `checkpoint-<step>` and remove the oldest beyond `keep` (None: none), never the one of step `best`. Raises
     CheckpointError when the disk is full or the folder is not writable; earlier checkpoints are untouched then."""
     final = output / f"checkpoint-{step}"
     temporary = output / f".checkpoint-{step}.writing"
@@ -61,13 +62,12 @@ def save(
             shutil.rmtree(final)
         temporary.rename(final)
         flush_folder(output)
-    except (OSError, RuntimeError) as error:
-        # torch.save and safetensors report a full disk as RuntimeError and their own errors
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         last = [folder.name for _, folder in list_checkpoints(output)][-1:]
         kept = f"{last[0]} is whole; resume from it" if last else "there is no earlier one"
         raise CheckpointError(f"{final} could not be written: {error} ({kept})") from error
-    for old_step, folder in list_checkpoints(output)[:-keep]:
+    for old_step, folder in list_checkpoints(output)[:-keep] if keep is not None else []:
         if old_step != best and old_step != step:
             shutil.rmtree(folder)
     return final
