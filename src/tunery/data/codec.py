@@ -41,6 +41,7 @@ class Codec:
                 "(transformers' AutoTokenizer converts most) and use that folder"
             )
         self.backend: Tokenizer = tokenizer.backend_tokenizer
+        self.eos: str | None = tokenizer.eos_token
         added = self.backend.get_added_tokens_decoder()
         special = {*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)}
         visible = {token.content: i for i, token in added.items() if token.content.strip()}

@@ -17,7 +17,14 @@ from tunery.data.render import Renderer, RowRefused, to_dicts
 from tunery.errors import TemplateError
 from tunery.types import Message
 
-_THINK = re.compile(r"\s*<think>\s*")
+# A prompt that ends by opening the model's reasoning, perhaps closing it at once, and how an opening is closed.
+_CLOSE = {"<think>": "\n</think>\n\n", "<|START_THINKING|>": "<|END_THINKING|>", "<|channel>thought": "<channel|>"}
+_THINKING = re.compile(
+    r"(?P<open><think>|<\|START_THINKING\|>|<\|channel>thought)\s*"
+    r"(?P<closed>(?:</think>|<\|END_THINKING\|>|<channel\|>)\s*)?\Z"
+)
+_PROBE = "Probe"
+_USER = {"role": "user", "content": "Hello"}
 _WORD = re.compile(r"[A-Za-z0-9]+")
 
 
@@ -61,48 +68,61 @@ class Drafter:
         """What the template writes between a prompt and the answer, and between the answer and its end token."""
         prompt, text, place = self._probe
         found = self.codec.pattern.search(text, place)
-        return text[len(prompt) : place - len(_PROBE)], text[place : found.start() if found else len(text)]
+        before = text[len(prompt) : place - len(_PROBE)] if text.startswith(prompt) else ""
+        return before, text[place : found.start() if found else len(text)]
+
+    @cached_property
+    def stop(self) -> str:
+        """What has to be added after an answer: nothing where the template ends it with a token, else eos. (Some
+        templates end an answer only by the beginning of the next turn, or with a line break.)"""
+        _, text, place = self._probe
+        if self.codec.pattern.search(text, place):
+            return ""
+        if self.codec.eos is None:
+            raise TemplateError(
+                f"template {self.name!r} ends an answer with {text[place:]!r}, in which there is no special token of "
+                "this tokenizer, and the tokenizer has no eos_token: a model trained so would not learn to stop. "
+                "Set eos_token in its tokenizer_config.json"
+            )
+        return self.codec.eos
 
     @cached_property
     def ends(self) -> list[int]:
-        """Tokens that end an assistant's turn: the first one after an answer, and the last one after a tool call
-        where the template has another token there. Raises TemplateError when an answer ends with no token."""
+        """Tokens that end an assistant's turn: the first one after an answer (the second, where the text ends with two
+        side by side), and the one at the end of a tool call where the template has another token there."""
         _, text, place = self._probe
-        found = self.codec.pattern.search(text, place)
-        if found is None:
-            raise TemplateError(
-                f"template {self.name!r} ends an answer with {text[place:]!r}, in which there is no special token of "
-                "this tokenizer, so a model trained with it would not learn to stop. Choose a named template, or end "
-                "answers with eos_token in the .jinja file"
-            )
-        ends = [self.codec.ids[found.group()]]
+        after = list(self.codec.controls(text, False, place))
+        end = after[0].group() if after else self.stop
+        if len(after) == 2 and after[0].end() == after[1].start() and after[1].end() == len(text.rstrip()):
+            end = after[1].group()
+        ends = [self.codec.ids[end]]
         call = {"id": "call00000", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
-        user = {"role": "user", "content": "Hello"}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
         try:
-            called = self.renderer.render(
-                [user, {"role": "assistant", "content": "", "tool_calls": [call]}], None, False
-            )
+            called = self.renderer.render([_USER, answer], None, False).rstrip()
         except RowRefused:
             return ends
-        plain, after_call = self.codec.last_control(text, False), self.codec.last_control(called, False)
-        if _PROBE in called and plain and after_call and after_call.group() != plain.group():
-            ends.append(self.codec.ids[after_call.group()])
+        plain, last = self.codec.last_control(text, False), self.codec.last_control(called, False)
+        if _PROBE in called and plain and last and last.end() == len(called) and last.group() != plain.group():
+            ends.append(self.codec.ids[last.group()])
         return ends
 
     @cached_property
     def thinking(self) -> bool:
         """Whether the prompt itself opens the reasoning, as in DeepSeek R1's templates."""
-        return self._probe[0].rstrip().endswith("<think>")
+        found = _THINKING.search(self._probe[0])
+        return found is not None and not found.group("closed")
 
     @cached_property
     def _probe(self) -> tuple[str, str, int]:
         """A prompt, the conversation with its answer, and where the answer ends in it."""
-        user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}
+        answer = {"role": "assistant", "content": _PROBE}
+        system = {"role": "system", "content": "Hello"}
         refused = None
-        for head in ([user], [{"role": "system", "content": "Hello"}, user]):
+        for head, tools in (([_USER], None), ([system, _USER], None), ([_USER], [])):
             try:
-                prompt = self.renderer.render(head, None, True)
-                text = self.renderer.render([*head, answer], None, False)
+                prompt = self.renderer.render(head, tools, True)
+                text = self.renderer.render([*head, answer], tools, False)
             except RowRefused as error:
                 refused = error
                 continue
@@ -143,21 +163,25 @@ class Drafter:
             self._text(rows, marked_tools, shadow, False), shadow, len(rows), base=1.0 if train == "all" else 0.0
         )
         own = []
+        stop = f"{OPEN}{self.stop}{CLOSE}" if shadow and self.stop else self.stop
         for i in trained:
             prompt = self._text(rows[:i], marked_tools, shadow, True)
             last = i == len(rows) - 1
             upto = whole.text if last else self._text(rows[: i + 1], marked_tools, shadow, False)
-            self._check_answer(messages[i], i, upto)
+            natural = upto.startswith(prompt) and not stop
             if not upto.startswith(prompt):
-                upto, last = self._after_thinking(messages[i], i, prompt, upto, shadow), False
+                upto = self._as_inferred(messages, i, rows, marked_tools, prompt, upto, shadow)
             weight = messages[i].weight
-            turn = Turn(i, prompt, upto, 1.0 if weight is None else weight)
+            turn = Turn(i, prompt, upto + stop, 1.0 if weight is None else weight)
+            self._check_answer(messages[i], turn.upto[len(prompt) : self._turn_end(turn, shadow)], f"message {i + 1}")
             if self.renderer.has_markers:
                 turn.untrained = self._untrained(rows[: i + 1], marked_tools, shadow, turn)
-            if last or whole.text.startswith(upto[: self._turn_end(turn, shadow)]):
+            if natural and (last or whole.text.startswith(upto[: self._turn_end(turn, shadow)])):
                 whole.turns.append(turn)
-            elif train != "all" or i == len(rows) - 1:
-                own.append(Draft(upto, shadow, i + 1, [turn], whole.base))
+            elif train != "all" or last:
+                own.append(Draft(turn.upto, shadow, i + 1, [turn], whole.base))
+            else:
+                raise RowRefused("weights do not apply", f"the template rewrites message {i + 1} in later turns")
         self._check_shown(messages, tools, (own[-1] if own and not whole.turns else whole).text)
         if train == "all" and own:
             return own
@@ -170,26 +194,64 @@ class Drafter:
                 return found.end()
         return len(turn.upto)
 
-    def _after_thinking(self, message: Message, i: int, prompt: str, upto: str, shadow: bool) -> str:
-        """The text for a template whose prompt opens the reasoning although a finished turn does not show it: the
-        prompt, the row's reasoning (which may be empty), its closing, and then the answer as the template writes it.
-        That is what the model has to produce there, and what no rendering of the template shows."""
-        same = next(
-            (k for k, (a, b) in enumerate(zip(prompt, upto, strict=False)) if a != b), min(len(prompt), len(upto))
+    def _as_inferred(
+        self,
+        messages: Sequence[Message],
+        i: int,
+        rows: list[dict[str, Any]],
+        tools: Any,
+        prompt: str,
+        upto: str,
+        shadow: bool,
+    ) -> str:
+        """The text of a prompt and its answer, for a template that writes the prompt in another way once the answer is
+        there. What is trained must follow the prompt that inference sends, so the answer is put after that one:
+
+        - the prompt opens the reasoning (DeepSeek R1, QwQ), which a finished turn does not show: the row's reasoning
+          (or none), its closing, and the answer as the template writes it;
+        - otherwise the answer as the template writes it after a simple question, if the text here ends with the same
+          (Mistral writes the system message before the last question only while that has no answer)."""
+        thinking = _THINKING.search(prompt.replace(OPEN, "").replace(CLOSE, "")) if shadow else _THINKING.search(prompt)
+        if thinking is not None:
+            base = self._before(prompt, thinking.group(), shadow)
+            if upto.startswith(base):
+                return prompt + self._thoughts(messages[i], thinking, upto[len(base) :], shadow)
+        for with_tools in (None, tools):
+            try:
+                ask = self._text([_USER], with_tools, shadow, True)
+                answered = self._text([_USER, rows[i]], with_tools, shadow, False)
+            except RowRefused:
+                continue
+            answer = answered[len(ask) :]
+            if answered.startswith(ask) and answer and upto.endswith(answer):
+                return prompt + answer
+        same = next((k for k, (a, b) in enumerate(zip(prompt, upto, strict=False)) if a != b), 0)
+        raise RowRefused(
+            "the prompt does not lead to the answer",
+            f"message {i + 1}: after {upto[max(0, same - 20) : same]!r} the prompt goes on with "
+            f"{prompt[same : same + 30]!r}, the conversation with {upto[same : same + 30]!r}",
         )
-        if not _THINK.fullmatch(prompt[same:].replace(OPEN, "").replace(CLOSE, "")) or "</think>" in upto[same:]:
-            raise RowRefused(
-                "the prompt does not lead to the answer",
-                f"message {i + 1}: after {upto[max(0, same - 20) : same]!r} the prompt goes on with "
-                f"{prompt[same : same + 30]!r}, the conversation with {upto[same : same + 30]!r}",
-            )
+
+    def _before(self, prompt: str, ending: str, shadow: bool) -> str:
+        """The prompt without its ending."""
+        return prompt.removesuffix(self.codec.rename(ending) if shadow else ending)
+
+    def _thoughts(self, message: Message, thinking: re.Match[str], rest: str, shadow: bool) -> str:
+        """What follows a prompt that has opened the reasoning; `rest` is the turn as the template writes it."""
+        close = thinking.group("closed") or _CLOSE[thinking.group("open")]
+        tag = close.strip()
+        opened, closed = (self.codec.rename(t) if shadow else t for t in (thinking.group("open"), tag))
+        shown = re.match(rf"(?:{re.escape(opened)})?(\s*{re.escape(closed)}\s*)", rest)
+        rest = rest[shown.end() :] if shown else rest
+        if thinking.group("closed"):
+            return rest
         reasoning = message.reasoning
-        if reasoning is None and "</think>" in message.content:
-            reasoning = message.content.partition("</think>")[0].replace("<think>", "", 1)
-        thoughts = f"{(reasoning or '').strip()}\n</think>\n\n"
+        if reasoning is None and tag in message.content:
+            reasoning = message.content.partition(tag)[0].replace(thinking.group("open"), "", 1)
+        thoughts = (reasoning or "").strip()
         if shadow:
-            thoughts = self.codec.rename(self.codec.mark((reasoning or "").strip(), assistant=True) + "\n</think>\n\n")
-        return prompt + thoughts + upto[same:].lstrip("\n")
+            thoughts, close = self.codec.rename(self.codec.mark(thoughts, assistant=True)), self.codec.rename(close)
+        return thoughts + (shown.group(1) if shown else close) + rest.lstrip("\n")
 
     def _untrained(self, rows: list[dict[str, Any]], tools: Any, shadow: bool, turn: Turn) -> list[tuple[int, int]]:
         """The stretches of the turn, up to its end token, outside the template's {% generation %} blocks."""
@@ -213,24 +275,24 @@ class Drafter:
 
     # ------------------------------------------------------------ nothing is left out in silence
 
-    def _check_answer(self, message: Message, i: int, upto: str) -> None:
-        if message.reasoning and not self.thinking and not _shows(upto, message.reasoning):
-            raise RowRefused("template has no place for reasoning", f"message {i + 1}")
+    def _check_answer(self, message: Message, answer: str, where: str) -> None:
+        """The answer as rendered must show the message's content, reasoning and calls."""
+        if message.reasoning and not _shows(answer, message.reasoning):
+            raise RowRefused("template has no place for reasoning", where)
+        if not _shows(answer, message.content):
+            raise RowRefused("template leaves out assistant messages", where)
         for call in message.tool_calls:
-            if call.name not in upto:
-                raise RowRefused("template has no place for tool calls", f"message {i + 1} calls {call.name}")
+            if call.name not in answer:
+                raise RowRefused("template has no place for tool calls", f"{where} calls {call.name}")
 
     def _check_shown(self, messages: Sequence[Message], tools: Any, text: str) -> None:
         for i, message in enumerate(messages):
-            if message.content not in text and not _shows(text, message.content):
+            if message.role != "assistant" and not _shows(text, message.content):
                 raise RowRefused(f"template leaves out {message.role} messages", f"message {i + 1}")
         for tool in tools or []:
             name = tool.get("function", tool).get("name")
             if name and name not in text:
                 raise RowRefused("template has no place for tools", f"tool {name}")
-
-
-_PROBE = "Probe"
 
 
 def _trained(messages: Sequence[Message], train: str) -> list[int]:
@@ -253,7 +315,7 @@ def _trained(messages: Sequence[Message], train: str) -> list[int]:
 def _shows(text: str, content: str) -> bool:
     """Whether a rendered text holds this content, which a template may trim, escape or take apart: its longest word
     must be there. Content without a word of ASCII letters or digits cannot be judged so."""
-    if content.strip() in text:
+    if content in text or content.strip() in text:
         return True
     if "</think>" in content:
         content = content.rpartition("</think>")[2]

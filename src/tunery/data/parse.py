@@ -15,9 +15,16 @@ from tunery.types import Message, ToolCall
 
 # Special tokens that carry structure in an answer; any other special token in one is noise and is left out.
 MARKERS = (
-    "<think>", "</think>", "[THINK]", "[/THINK]", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
-    "<|python_tag|>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
-    "<｜tool▁sep｜>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>",
+    "<think>", "</think>", "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>",
+    "<seed:think>", "</seed:think>", "<seed:tool_call>", "</seed:tool_call>", "<tool_call>", "</tool_call>",
+    "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+    "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+    "<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>",
+)  # fmt: skip
+THOUGHTS = (
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
 )  # fmt: skip
 
 Found = tuple[str, list[ToolCall]]
@@ -29,7 +36,15 @@ def parse_answer(text: str, thinking: bool = False, bare_json: bool = False) -> 
     if "<|channel|>" in text:
         return _harmony(text)
     reasoning, text = _reasoning(text, thinking)
-    for read in (_hermes, _mistral, _deepseek, _python_tag, *([_bare_json] if bare_json else [])):
+    for read in (
+        _hermes,
+        _mistral,
+        _deepseek,
+        _kimi,
+        _function_json,
+        _python_tag,
+        *([_bare_json] if bare_json else []),
+    ):
         content, calls = read(text)
         if calls:
             return Message("assistant", content.strip(), tool_calls=tuple(calls), reasoning=reasoning)
@@ -37,8 +52,8 @@ def parse_answer(text: str, thinking: bool = False, bare_json: bool = False) -> 
 
 
 def _reasoning(text: str, thinking: bool) -> tuple[str | None, str]:
-    """What stands in <think>...</think> at the beginning (None if nothing does), and the text after it."""
-    for first, last in (("<think>", "</think>"), ("[THINK]", "[/THINK]")):
+    """What stands between the marks of thinking at the beginning (None if nothing does), and the text after it."""
+    for first, last in THOUGHTS:
         opened = text.lstrip().startswith(first)
         if opened or (thinking and last in text):
             inside, closed, after = text.lstrip().removeprefix(first).partition(last)
@@ -83,14 +98,13 @@ def _each(pattern: str, text: str, read: Callable[[re.Match[str]], ToolCall | No
 
 
 def _hermes(text: str) -> Found:
-    """<tool_call>{"name": ..., "arguments": {...}}</tool_call> (Hermes, Qwen), or with <function=...> inside (Qwen
-    Coder)."""
+    """<tool_call>{"name": ..., "arguments": {...}}</tool_call> (Hermes, Qwen), or tags inside (Qwen Coder, GLM)."""
 
     def read(match: re.Match[str]) -> ToolCall | None:
         body = match.group(1).strip()
-        return _call(_json(body)) or _function_tags(body)
+        return _call(_json(body)) or _function_tags(body) or _argument_tags(body)
 
-    return _each(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, read)
+    return _each(r"<(?:seed:)?tool_call>(.*?)(?:</(?:seed:)?tool_call>|\Z)", text, read)
 
 
 def _function_tags(body: str) -> ToolCall | None:
@@ -98,11 +112,21 @@ def _function_tags(body: str) -> ToolCall | None:
     function = re.fullmatch(r"<function=([^>\s]+)>(.*?)(?:</function>)?", body, flags=re.DOTALL)
     if function is None:
         return None
-    arguments = {}
-    for key, value in re.findall(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", function.group(2), flags=re.DOTALL):
-        parsed = _json(value)
-        arguments[key] = value if parsed is None and value != "null" else parsed
-    return ToolCall(function.group(1), arguments)
+    pairs = re.findall(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", function.group(2), flags=re.DOTALL)
+    return ToolCall(function.group(1), {key: _value(value) for key, value in pairs})
+
+
+def _argument_tags(body: str) -> ToolCall | None:
+    """NAME <arg_key>KEY</arg_key> <arg_value>VALUE</arg_value> ..."""
+    name = re.match(r"([\w.-]+)\s*(?=<arg_key>|\Z)", body)
+    pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", body, flags=re.DOTALL)
+    return ToolCall(name.group(1), {key: _value(value) for key, value in pairs}) if name else None
+
+
+def _value(text: str) -> Any:
+    """An argument in a tag: JSON where it can be read so, else text."""
+    parsed = _json(text)
+    return text if parsed is None and text != "null" else parsed
 
 
 def _mistral(text: str) -> Found:
@@ -134,6 +158,26 @@ def _deepseek(text: str) -> Found:
 
     content, calls = _each(r"<｜tool▁call▁begin｜>(.*?)(?:<｜tool▁call▁end｜>|\Z)", text, read)
     return re.sub("<｜tool▁calls▁(?:begin|end)｜>", "", content), calls
+
+
+def _kimi(text: str) -> Found:
+    """<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{...}<|tool_call_end|> (Kimi K2)."""
+
+    def read(match: re.Match[str]) -> ToolCall | None:
+        name = match.group(1).strip().removeprefix("functions.").rpartition(":")[0]
+        return _call({"name": name, "arguments": _json(match.group(2)), "id": match.group(1).strip()}) if name else None
+
+    pattern = r"<\|tool_call_begin\|>(.*?)<\|tool_call_argument_begin\|>(.*?)(?:<\|tool_call_end\|>|\Z)"
+    return _each(pattern, text, read)
+
+
+def _function_json(text: str) -> Found:
+    """<function=NAME>{...}</function> (Functionary, Llama 3.1 with own instructions)."""
+
+    def read(match: re.Match[str]) -> ToolCall | None:
+        return _call({"name": match.group(1), "arguments": _json(match.group(2))})
+
+    return _each(r"<function=([^>\s]+)>\s*(\{.*?\})\s*</function>", text, read)
 
 
 def _python_tag(text: str) -> Found:
