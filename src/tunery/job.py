@@ -34,7 +34,7 @@ class TrainConfig(Config):
         gt=0,
         description="steps between checkpoints, a share of the run below 1, null: every epoch, at most 500",
     )
-    keep: int = Field(default=2, ge=1, description="checkpoints kept, the best one besides")
+    keep: int | None = Field(default=2, ge=1, description="checkpoints kept, the best one besides; null: all")
     resume: bool | str = Field(
         default=True, description="true: go on from the newest checkpoint in output; a path; false: start anew"
     )

@@ -27,7 +27,17 @@ from tunery.models.load import load_model
 from tunery.models.target import load_adapter
 from tunery.report import NullReport, Report
 from tunery.schedule import factor
-from tunery.setup import Run, base_name, data_counts, is_finished, resolve, save_tokenizer, set_up
+from tunery.setup import (
+    Run,
+    base_name,
+    data_counts,
+    interval,
+    is_finished,
+    resolve,
+    save_interval,
+    save_tokenizer,
+    set_up,
+)
 
 
 class Interrupted(TuneryError):
@@ -63,8 +73,8 @@ def run_job(job: Job, console: Any = None) -> Result:
 
 def _train(run: Run, report: Report | NullReport) -> Result:
     job, engine, model, total = run.job, run.engine, run.model, run.total_steps
-    eval_every = _interval(job.eval.every, run, default=run.loader.steps_per_epoch or total)
-    save_every = _interval(job.train.save_every, run, default=min(run.loader.steps_per_epoch or 500, 500))
+    eval_every = interval(job.eval.every, total, default=run.loader.steps_per_epoch or total)
+    save_every = save_interval(job, run.loader, total)
     best: dict[str, Any] = run.state.get("best") or {"step": None, "loss": math.inf, "since": 0}
     showcase = Showcase(run, report)
     showcase.before()
@@ -219,13 +229,6 @@ def _compare_saved(run: Run, report: Report | NullReport) -> None:
             f"{check.error:.2g}, allowed {check.tolerance:.2g}); the checkpoints are as they were trained"
         )
     report.note(f"the saved adapter was compared on the original base: relative logit error {check.error:.1g}")
-
-
-def _interval(value: int | float | None, run: Run, default: int) -> int:
-    """Steps between two of something: given as steps, as a share of the run, or by default."""
-    if value is None:
-        return max(1, default)
-    return max(1, math.ceil(value * run.total_steps)) if value < 1 else int(value)
 
 
 @contextmanager

@@ -169,6 +169,18 @@ def open_folder(job: Job, output: Path, resume: Path | None, engine: Engine) -> 
     checkpoint.check_room(output, 0)
 
 
+def interval(value: int | float | None, total: int, default: int) -> int:
+    """Steps between two of something: given as steps, as a share of the run, or by default."""
+    if value is None:
+        return max(1, default)
+    return max(1, math.ceil(value * total)) if value < 1 else int(value)
+
+
+def save_interval(job: Job, loader: Loader | StreamLoader, total: int) -> int:
+    """Steps between two checkpoints; by default an epoch, at most 500."""
+    return interval(job.train.save_every, total, default=min(loader.steps_per_epoch or 500, 500))
+
+
 def bytes_to_write(model: Any, adapter: Any, keep: int) -> int:
     """What the checkpoints of a run take at most: weights, and two float32 moments for what trains."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -273,8 +285,6 @@ def set_up(job: Job, engine: Engine, console: Any = None) -> Run:
     adapter = build("adapters", job.adapter)
     model, base_dtype = load_start(job, adapter, resume, engine)
     engine.same_weights(p for p in model.parameters() if p.requires_grad)
-    if engine.is_main:
-        checkpoint.check_room(output, bytes_to_write(model, adapter, job.train.keep))
     if job.train.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -283,6 +293,9 @@ def set_up(job: Job, engine: Engine, console: Any = None) -> Run:
     packing = job.train.packing and policy.packs
     cut = Cut(job.train.micro_tokens, packing, engine.rank, engine.world)
     loader, total = make_loader(job, data, cut)
+    if engine.is_main:
+        written = math.ceil(total / save_interval(job, loader, total))
+        checkpoint.check_room(output, bytes_to_write(model, adapter, min(job.train.keep or written, written)))
     groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay)
     optimizer = build("optimizers", job.optimizer, groups)
     state = checkpoint.load_state(resume) if resume else {}

@@ -160,7 +160,7 @@ def test_their_defaults_hold_where_the_file_says_nothing(monkeypatch):
     assert (result.data.max_length, result.data.too_long, result.data.dataset_dir) == (2048, "truncate", "data")
     train = result.train
     assert (train.batch_size, train.epochs, train.max_steps, train.seed, train.max_grad_norm) == (8, 3, None, 42, 1.0)
-    assert (train.save_every, train.log_every, train.resume, train.keep > 1000) == (500, 500, True, True)
+    assert (train.save_every, train.log_every, train.resume, train.keep) == (500, 500, True, None)
     assert (result.eval.every, result.eval.best, result.eval.patience) == (NEVER, False, None)
     assert result.objective.model_dump() == {"kind": "sft", "train_on": "answers"}
     assert result.report.to == []
@@ -287,8 +287,14 @@ def test_pretraining_file():
     )
     assert result.objective.kind == "pretrain" and result.data.template == "auto"
     assert (result.schedule.kind, result.schedule.warmup) == ("constant", 20)
-    assert "blocks of 2048 tokens" in notes(stage="pt")  # packing is its default there, and its batch counts blocks
-    assert "blocks" not in notes()
+    assert "into full blocks" in notes(stage="pt")  # packing is its default there, and its batch counts blocks
+
+
+def test_packing():
+    assert job().train.packing and "blocks" not in notes()
+    for values in ({"packing": True}, {"neat_packing": True}, {"packing": False, "neat_packing": True}):
+        assert job(**values).train.packing and "packed blocks of 2048 tokens" in notes(**values)
+    assert not job(packing=False).train.packing
 
 
 def test_tool_data_file():

@@ -23,7 +23,6 @@ from tunery.errors import ConfigError
 SECTIONS = ("model", "data", "objective", "adapter", "optimizer", "schedule", "train", "eval", "report", "output")
 MARKS = ("model_name_or_path", "stage", "finetuning_type", "export_dir", "cutoff_len", "per_device_train_batch_size")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab")
-KEEP_ALL = 1_000_000  # checkpoints
 NEVER = 1_000_000  # steps; the end of a run counts always
 
 
@@ -299,7 +298,7 @@ def _train(o: Options) -> dict[str, Any]:
     train["save_every"] = _interval(o, "save_strategy", o("save_steps"))
     if o("save_strategy") == "epoch":
         o.note("save_strategy: epoch saves after every epoch, and every 500 steps where an epoch is longer")
-    train["keep"] = o("save_total_limit") or KEEP_ALL
+    train["keep"] = o("save_total_limit") or None
     train["resume"] = _resume(o)
     if o("logging_strategy") == "steps" and o("logging_steps") >= 1:
         train["log_every"] = o("logging_steps")
@@ -309,19 +308,26 @@ def _train(o: Options) -> dict[str, Any]:
 
 
 def _packing(o: Options) -> dict[str, Any]:
-    packing = o("packing") if o("packing") is not None else o("neat_packing") or o("stage") == "pt"
-    if packing or o("neat_packing"):
+    packing = o("packing") or o("neat_packing")
+    if o("stage") == "pt":
+        o.note(
+            f"packing: train.batch_size counts sequences of up to {o('cutoff_len')} tokens (a long document gives "
+            "several), where LLaMA-Factory joins documents into full blocks: raise it where documents are short"
+        )
+    elif packing:
         o.note(
             "packing: sequences in one stream never see one another (as with neat_packing), and train.batch_size "
             f"counts rows, where LLaMA-Factory counts packed blocks of {o('cutoff_len')} tokens: raise it to keep as "
             "many tokens in a step"
         )
-    return {} if o("packing") is None else {"packing": packing or o("neat_packing")}
+    return {} if o("packing") is None else {"packing": packing}
 
 
 def _resume(o: Options) -> bool | str:
     """LLaMA-Factory goes on from the newest checkpoint in output_dir unless told to overwrite it."""
     given = o("resume_from_checkpoint")
+    if o("overwrite_output_dir") and not given:
+        o.note("overwrite_output_dir: a run that is there already is moved aside, to a folder ending in .old-1")
     return given if given else not o("overwrite_output_dir")
 
 

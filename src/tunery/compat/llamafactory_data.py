@@ -74,6 +74,12 @@ def _mix(o: Options, sources: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
     for source, share in zip(sources, shares, strict=True):
         source["weight"] = share
+    if o("max_steps") <= 0:
+        ends = "first" if strategy == "interleave_under" else "last"
+        o.note(
+            "mix_strategy: rows come in the same shares; an epoch has as many rows as the datasets have together, "
+            f"where LLaMA-Factory's ends when the {ends} of them is used up: set max_steps to fix the length"
+        )
     return {"mix": "weighted"}
 
 
