@@ -448,7 +448,7 @@ def test_export_file(tmp_path):
     result = convert(values)
     assert (result.action, result.config) == ("export", {})
     assert result.export == {"target": str(tmp_path), "out": "output/merged", "dtype": None, "max_shard_size": "2GB"}
-    assert f"tunery export {tmp_path} output/merged" in to_yaml(result)
+    assert f"\n# tunery export {tmp_path} output/merged --max-shard-size 2GB\n" in to_yaml(result)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "other/base"}))
     with pytest.raises(ConfigError, match="trained on other/base"):
         convert(values)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -74,7 +75,11 @@ def to_yaml(converted: Converted) -> str:
     """Our job file as text, with the notes as comments above; for an export file, the command that does it."""
     lines = [f"# {note}" for note in converted.notes]
     if converted.export is not None:
-        return "\n".join([*lines, f"# tunery export {converted.export['target']} {converted.export['out']}", ""])
+        options = dict(converted.export)
+        words = ["tunery", "export", options.pop("target"), options.pop("out")]
+        for name, value in options.items():
+            words += [f"--{name.replace('_', '-')}", value] if value is not None else []
+        return "\n".join([*lines, f"# {shlex.join(words)}", ""])
     text = yaml.safe_dump(converted.config, sort_keys=False, allow_unicode=True, width=120)
     return "\n".join([*lines, text])
 
@@ -349,8 +354,12 @@ def _eval(o: Options) -> dict[str, Any]:
     if o("early_stopping_steps"):
         section["patience"] = o("early_stopping_steps")
     if o("predict_with_generate") or o("do_predict"):
-        section |= {"generate": o("max_samples") or 1000, "max_new_tokens": o("max_new_tokens")}
-        o.note("predict_with_generate: answers are generated greedily, before and after training, for the scores")
+        rows = o("max_samples") or 1000
+        section |= {"generate": rows, "max_new_tokens": o("max_new_tokens")}
+        o.note(
+            f"predict_with_generate: up to {rows} held-out rows are answered greedily, before and after training, and "
+            "scored; generated_predictions.jsonl has the answers"
+        )
     return section
 
 
