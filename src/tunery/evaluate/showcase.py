@@ -55,7 +55,8 @@ class Showcase:
         lines = [{"prompt": r["prompt"], "predict": r["after"], "label": r["label"]} for r in rows]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.run.output / "generated_predictions.jsonl", text)
-        self.report.before_after(score(self.first, labels), score(answers, labels), _spread(rows))
+        before, after = (_numbers(score(texts, labels)) for texts in (self.first, answers))
+        self.report.before_after(before, after, _spread(rows))
 
     def _answers(self) -> list[str]:
         run = self.run
@@ -64,6 +65,11 @@ class Showcase:
         sampling = Sampling(max_new_tokens=run.job.eval.max_new_tokens)
         done = {c.index: c.text for c in generator.generate(requests, sampling)}
         return [done[i] for i in range(len(requests))]
+
+
+def _numbers(scores: dict[str, Any]) -> dict[str, float]:
+    """The scores that can be compared; what they were computed with is in the scores file of `tunery generate`."""
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
