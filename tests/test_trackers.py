@@ -7,7 +7,7 @@ import pytest
 
 from tunery.errors import MissingExtraError
 from tunery.job import ReportConfig
-from tunery.trackers import make_trackers
+from tunery.trackers import make_trackers, require
 
 JOB = {"model": {"name": "builtin:tiny"}, "train": {"epochs": 3}}
 
@@ -43,6 +43,9 @@ def test_a_missing_library_names_its_extra(name, tmp_path):
 
     with pytest.raises(MissingExtraError, match=rf"tunery\[{name}\]"):
         make_trackers(ReportConfig(to=[name]), tmp_path, loader=loader)
+    with pytest.raises(MissingExtraError, match=rf"tunery\[{name}\]"):
+        require(ReportConfig(to=[name]), find=lambda library: None)
+    require(ReportConfig(to=[name]), find=lambda library: library == name or None)
 
 
 def test_tensorboard_reads_back_and_a_resumed_run_purges(tmp_path):
@@ -66,6 +69,7 @@ def test_wandb(tmp_path):
     run = Calls()
     wandb = Calls(init=run)
     tracker = one("wandb", wandb, tmp_path / "runs", start_step=50, project="mine")
+    assert (tmp_path / "runs").is_dir()  # else the library would write elsewhere
     ((_, _, made),) = wandb.made
     assert made["project"] == "mine" and made["config"] == JOB and made["dir"] == str(tmp_path / "runs")
     assert (made["name"], made["group"]) == ("runs from step 50", "runs")

@@ -25,6 +25,7 @@ from tunery.errors import ConfigError, ModelError
 from tunery.job import Job
 from tunery.models.load import ModelConfig, hook_attention, load_config, load_model, load_tokenizer
 from tunery.policy import CausalPolicy
+from tunery.trackers import require
 from tunery.types import Objective
 
 CONFIG = "tunery.yaml"
@@ -275,6 +276,7 @@ def read_data(job: Job, console: Any = None) -> tuple[Any, ChatTemplate, Objecti
 def set_up(job: Job, engine: Engine, console: Any = None) -> Run:
     """Build the run. Raises TuneryError, before the model loads where it can."""
     job = resolve(job, engine)
+    require(job.report)
     output = Path(job.output)
     resume = find_resume(job, output)
     open_folder(job, output, resume, engine)

@@ -6,6 +6,7 @@ because none of them can take back what an interrupted run logged after its last
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -114,6 +115,13 @@ class SwanLab:
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "swanlab": SwanLab}
 
 
+def require(config: ReportConfig, find: Callable[[str], Any] = importlib.util.find_spec) -> None:
+    """Before anything expensive: raises MissingExtraError for a tracker of `config.to` that is not installed."""
+    for name in config.to:
+        if find(name) is None:
+            raise MissingExtraError(name, name)
+
+
 def make_trackers(
     config: ReportConfig,
     output: Path,
@@ -122,6 +130,8 @@ def make_trackers(
     loader: Loader = importlib.import_module,
 ) -> list[Tracker]:
     """The trackers of `config.to`. Raises MissingExtraError naming the extra of one that is not installed."""
+    if config.to:
+        output.mkdir(parents=True, exist_ok=True)  # they keep their local files in it
     return [TRACKERS[name](output, config, start_step, job or {}, loader) for name in config.to]
 
 
