@@ -57,10 +57,10 @@ def check(config: DataConfig, template: Any, objective: Any, *, seed: int = 0, c
         report.refused = prepared.train.report.refused + [
             row for row in report.refused if row.source >= len(prepared.located)
         ]
+        report.seconds = time.perf_counter() - started
     else:
         report.warnings += _long_answers(prepared.train, config.max_length)
     report.warnings += _warnings(prepared)
-    report.seconds = time.perf_counter() - started
     return report
 
 

@@ -57,14 +57,14 @@ def look_up(source: Source, key: str, folder: Path, entry: dict[str, Any]) -> Lo
     unknown = sorted(set(entry) - _KEYS)
     if unknown:
         raise ConfigError(f"{where} has the key {unknown[0]!r}, which Tunery does not know")
-    meant = translate(source, entry, where)
+    meant, defaults = translate(source, entry, where)
     if "file_name" in entry:
         path = folder / entry["file_name"]
         if not path.exists():
             raise DataError(f"{where}: the file {path} does not exist")
-        return Located(meant, key, files=local_files(path, meant, key))
+        return Located(meant, key, files=local_files(path, meant, key), defaults=defaults)
     if "hf_hub_url" in entry:
-        return Located(meant, key, hub=entry["hf_hub_url"], hub_folder=entry.get("folder"))
+        return Located(meant, key, hub=entry["hf_hub_url"], hub_folder=entry.get("folder"), defaults=defaults)
     for other, what in (
         ("script_url", "a loading script, which would run somebody's code"),
         ("ms_hub_url", "ModelScope"),
@@ -76,40 +76,38 @@ def look_up(source: Source, key: str, folder: Path, entry: dict[str, Any]) -> Lo
     raise ConfigError(f"{where} has neither file_name nor hf_hub_url")
 
 
-def translate(source: Source, entry: dict[str, Any], where: str) -> Source:
-    """An entry's options as ours. There, a column that is not named is not read, even under its usual name."""
-    given = {("label" if name == "kto_tag" else name): column for name, column in entry.get("columns", {}).items()}
+def translate(source: Source, entry: dict[str, Any], where: str) -> tuple[Source, dict[str, str]]:
+    """(an entry's options as ours, the columns it implies). There, a column that is not named is not read, even under
+    its usual name, except for those that make up the format's plainest row."""
+    named = {("label" if name == "kto_tag" else name): column for name, column in entry.get("columns", {}).items()}
     tags = entry.get("tags", {})
     formatting = entry.get("formatting", "alpaca")
     ranking = entry.get("ranking", False)
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise ConfigError(f"{where}: formatting {formatting!r} is unknown (known: alpaca, sharegpt, openai)")
-    media = {"images": "", "videos": "", "audios": ""}
-    optional = {"system": "", "tools": "", "label": "", "chosen": "", "rejected": "", **media}
+    defaults = dict.fromkeys(("system", "tools", "label", "chosen", "rejected", "images", "videos", "audios"), "")
     if ranking:
-        optional |= {"chosen": "chosen", "rejected": "rejected"}
+        defaults |= {"chosen": "chosen", "rejected": "rejected"}
     else:
-        given = {name: column for name, column in given.items() if name not in ("chosen", "rejected")}
-    if formatting == "alpaca":
-        if "prompt" in given and "response" not in given and not ranking:  # rows for pretraining
-            formatting, columns, tags = "text", {"text": given["prompt"]}, {}
-        else:
-            usual = {"prompt": "instruction", "query": "input", "response": "output"}
-            if entry.get("columns"):
-                usual = {"prompt": "instruction", "query": "", "response": ""}
-            columns, tags = {**usual, "history": "", **optional, **given}, {}
-    else:
-        if formatting == "openai" and any(_OPENAI_TAGS.get(tag) != word for tag, word in tags.items()):
-            formatting = "sharegpt"  # OpenAI's shape under other names
-        columns = {"messages": "conversations" if formatting == "sharegpt" else "messages", **optional, **given}
-        tags = tags if formatting == "sharegpt" else {}
-    return source.model_copy(
+        named = {name: column for name, column in named.items() if name not in ("chosen", "rejected")}
+    if formatting == "openai" and any(_OPENAI_TAGS.get(tag) != word for tag, word in tags.items()):
+        formatting = "sharegpt"  # OpenAI's shape under other names
+    if formatting == "alpaca" and "prompt" in named and "response" not in named and not ranking:
+        formatting, named, defaults = "text", {"text": named["prompt"]}, {}  # rows for pretraining
+    elif formatting == "alpaca":
+        rest = {"query": "", "response": ""} if entry.get("columns") else {"query": "input", "response": "output"}
+        defaults |= {"prompt": "instruction", "history": "", **rest}
+    if source.format not in ("auto", formatting):  # then the entry's names mean nothing
+        formatting, named, defaults, tags = source.format, {}, {}, {}
+    local = "file_name" in entry
+    meant = source.model_copy(
         update={
-            "format": formatting if source.format == "auto" else source.format,
-            "columns": {**(columns if source.format in ("auto", formatting) else {}), **source.columns},
-            "tags": {**(tags if source.format in ("auto", formatting) else {}), **source.tags},
+            "format": formatting,
+            "columns": {**named, **source.columns},
+            "tags": {**(tags if formatting == "sharegpt" else {}), **source.tags},
             "samples": source.samples or entry.get("num_samples"),
-            "split": source.split or (entry.get("split") if "file_name" not in entry else None),
-            "subset": source.subset or (entry.get("subset") if "file_name" not in entry else None),
+            "split": source.split or (None if local else entry.get("split")),
+            "subset": source.subset or (None if local else entry.get("subset")),
         }
     )
+    return meant, defaults

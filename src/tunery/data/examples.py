@@ -26,16 +26,26 @@ def read_examples(
     fits, ConfigError for wrong columns."""
     rows = read_rows(located, streaming)
     first = list(itertools.islice(rows, _LOOKED_AT))
+    while first and all(isinstance(row, Refused) for _, _, row in first):
+        more = list(itertools.islice(rows, _LOOKED_AT))
+        first += more
+        if not more:
+            break
     seen = [row for _, _, row in first if not isinstance(row, Refused)]
-    if not report.format:
+    if seen and not report.format:
         choose_format(located, seen, report)
     parse = load_format(report.format).parse if report.format else None
     columns, tags = report.columns, located.source.tags
+    unseen = {name for name in located.source.columns.values() if name and seen} - {
+        name for row in seen for name in row
+    }
     for file, number, row in itertools.chain(first, rows):
         report.rows += 1
         if isinstance(row, Refused) or parse is None:
             yield file, number, row if isinstance(row, Refused) else Refused("not an object")
             continue
+        if unseen:
+            unseen -= row.keys()
         try:
             example = parse(row, columns, tags)
             check_example(example)
@@ -45,14 +55,28 @@ def read_examples(
         example.meta["file"] = file
         example.meta["row"] = number
         yield file, number, example
+    if unseen:
+        raise _no_column(located, unseen, seen)
+
+
+def _no_column(located: Located, unseen: set[str], rows: Sequence[Mapping[str, Any]]) -> ConfigError:
+    """The error for a column that was given and is in no row."""
+    there = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
+    ours, theirs = next((ours, name) for ours, name in located.source.columns.items() if name in unseen)
+    near = difflib.get_close_matches(theirs, there, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ConfigError(
+        f"{located.key}.columns.{ours}: no row of {located.name} has a column {theirs!r}{hint} "
+        f"(there: {', '.join(there)})"
+    )
 
 
 def choose_format(located: Located, rows: Sequence[Mapping[str, Any]], report: SourceReport) -> None:
-    """Set `format`, `columns` and `unread` of the report, from the configuration and the first rows."""
+    """Set `format`, `columns` and `unread` of the report, from the configuration and the first rows (at least one)."""
     source = located.source
     if source.format != "auto":
         report.format = source.format
-    elif rows:
+    else:
         name = detect_format(rows)
         if name is None:
             columns = ", ".join(map(repr, itertools.islice(rows[0], 12))) + (", ..." if len(rows[0]) > 12 else "")
@@ -62,33 +86,20 @@ def choose_format(located: Located, rows: Sequence[Mapping[str, Any]], report: S
                 "{prompt: question, response: answer}"
             )
         report.format = name
-    if not report.format:  # nothing but refused rows
-        return
     module = load_format(report.format)
     if source.tags:
         _check_names(source.tags, getattr(module, "TAGS", {}), f"{located.key}.tags", report.format)
-    report.columns = choose_columns(module.COLUMNS, source.columns, rows, located.key, report.format)
-    there = dict.fromkeys(name for row in rows for name in row)
-    report.unread = sorted(str(name) for name in set(there) - set(report.columns.values()))
+    _check_names(source.columns, module.COLUMNS, f"{located.key}.columns", report.format)
+    report.columns = choose_columns(module.COLUMNS, {**located.defaults, **source.columns}, rows)
+    there = {str(name) for row in rows for name in row}
+    report.unread = sorted(there - set(report.columns.values()))
 
 
 def choose_columns(
-    known: Mapping[str, Sequence[str]],
-    given: Mapping[str, str],
-    rows: Sequence[Mapping[str, Any]],
-    key: str,
-    form: str,
+    known: Mapping[str, Sequence[str]], given: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
     """Our column names -> the data's: as given, else the first usual name that the rows have, else the usual one."""
-    _check_names(given, known, f"{key}.columns", form)
-    there = dict.fromkeys(str(name) for row in rows for name, value in row.items() if value is not None)
-    for ours, theirs in given.items():
-        if rows and theirs and theirs not in there and not any(theirs in row for row in rows):
-            near = difflib.get_close_matches(theirs, list(there), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"{key}.columns.{ours}: the rows have no column {theirs!r}{hint} (there: {', '.join(there)})"
-            )
+    there = {name for row in rows for name, value in row.items() if value is not None}
     claimed = set(given.values())
     columns = {}
     for ours, usual in known.items():

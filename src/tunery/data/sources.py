@@ -6,7 +6,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,13 +37,15 @@ class Source(Config):
 @dataclass(frozen=True)
 class Located:
     """A source that was found: `files` on this machine, or a `hub` name (with a folder of it, where one is meant).
-    `key` is its place in the configuration, for messages."""
+    `key` is its place in the configuration, for messages; `defaults` are columns under the names that
+    dataset_info.json implies ("" for none), where the source does not name them itself."""
 
     source: Source
     key: str
     files: tuple[Path, ...] = ()
     hub: str | None = None
     hub_folder: str | None = None
+    defaults: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -178,15 +178,17 @@ class Chunk:
 
     def _gather(self, name: str, values: list[Any]) -> None:
         """One extra of all the sequences; an absent one is 0 (False), as in `truncated`."""
-        if any(isinstance(value, np.ndarray) and value.ndim == 1 for value in values):
-            dtype = np.result_type(*[value for value in values if value is not None])
+        there = [value for value in values if value is not None]
+        if there and all(isinstance(value, np.ndarray) and value.ndim == 1 for value in there):
+            dtype = np.result_type(*there)
             lengths = self.sequence_lengths.tolist()
             arrays = [np.zeros(n, dtype) if value is None else value for value, n in zip(values, lengths, strict=True)]
             if any(len(array) != n for array, n in zip(arrays, lengths, strict=True)):
                 raise ValueError(f"Tokens.extra[{name!r}]: an array must have one value for each token")
             self.token_extra[name] = _flat(arrays, dtype)
-        elif all(value is None or isinstance(value, bool | int | float | np.generic) for value in values):
-            self.sequence_extra[name] = np.array([0 if value is None else value for value in values])
+        elif there and all(isinstance(value, bool | int | float | np.generic) for value in there):
+            zero = type(there[0])(0)
+            self.sequence_extra[name] = np.array([zero if value is None else value for value in values])
         else:
             raise ValueError(f"Tokens.extra[{name!r}]: must be an array [T], a number, or true or false")
 

@@ -91,7 +91,7 @@ class StreamingExamples:
             if not chunk:
                 break
             known = log.counts.get(number)
-            if known is not None and seen + known <= start:
+            if known is not None and seen < start and seen + known <= start:
                 seen += known
                 continue
             items = self._encode(chunk, report)
