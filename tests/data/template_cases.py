@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from assets_path import assets
@@ -58,6 +59,29 @@ def tokenizer(name: str) -> Any:
         return GPT2Tokenizer(vocab=vocab, merges=[tuple(line.split(" ")) for line in lines if line])
     folder = root / "models" / name
     return AutoTokenizer.from_pretrained(folder if folder.is_dir() else root / "tokenizers" / name)
+
+
+@functools.cache
+def small_tokenizer(
+    special: tuple[str, ...] = (), bos: str | None = None, eos: str | None = "</s>", add_bos: bool = False
+) -> Any:
+    """A byte-level BPE tokenizer with a few hundred tokens, made on the spot: no assets needed."""
+    backend = Tokenizer(models.BPE())
+    words = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(words), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    if add_bos:
+        backend.add_special_tokens([bos])
+        first = (bos, backend.token_to_id(bos))
+        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[first])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+    made.add_special_tokens({"additional_special_tokens": list(special)})
+    return made
 
 
 def _from_sentencepiece(path: Path) -> Any:

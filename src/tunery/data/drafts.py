@@ -128,7 +128,8 @@ class Drafter:
                 continue
             if _PROBE in text:
                 return prompt, text, text.rfind(_PROBE) + len(_PROBE)
-        raise TemplateError(f"template {self.name!r} cannot render a question and an answer: {refused}")
+        why = refused or "the answer is not in what it renders"
+        raise TemplateError(f"template {self.name!r} cannot render a question and an answer: {why}")
 
     # ------------------------------------------------------------ rendering
 
@@ -165,9 +166,9 @@ class Drafter:
         own = []
         stop = f"{OPEN}{self.stop}{CLOSE}" if shadow and self.stop else self.stop
         for i in trained:
-            prompt = self._text(rows[:i], marked_tools, shadow, True)
             last = i == len(rows) - 1
             upto = whole.text if last else self._text(rows[: i + 1], marked_tools, shadow, False)
+            prompt = self._prompt_of(rows, i, marked_tools, shadow, upto)
             natural = upto.startswith(prompt) and not stop
             if not upto.startswith(prompt):
                 upto = self._as_inferred(messages, i, rows, marked_tools, prompt, upto, shadow)
@@ -216,21 +217,38 @@ class Drafter:
             base = self._before(prompt, thinking.group(), shadow)
             if upto.startswith(base):
                 return prompt + self._thoughts(messages[i], thinking, upto[len(base) :], shadow)
-        for with_tools in (None, tools):
-            try:
-                ask = self._text([_USER], with_tools, shadow, True)
-                answered = self._text([_USER, rows[i]], with_tools, shadow, False)
-            except RowRefused:
-                continue
-            answer = answered[len(ask) :]
-            if answered.startswith(ask) and answer and upto.endswith(answer):
-                return prompt + answer
+        answer = self._answer_of(rows[i], tools, shadow, upto)
+        if answer:
+            return prompt + answer
         same = next((k for k, (a, b) in enumerate(zip(prompt, upto, strict=False)) if a != b), 0)
         raise RowRefused(
             "the prompt does not lead to the answer",
             f"message {i + 1}: after {upto[max(0, same - 20) : same]!r} the prompt goes on with "
             f"{prompt[same : same + 30]!r}, the conversation with {upto[same : same + 30]!r}",
         )
+
+    def _prompt_of(self, rows: list[dict[str, Any]], i: int, tools: Any, shadow: bool, upto: str) -> str:
+        """The prompt of message i. A template may be unable to render no message at all; then a conversation that
+        begins with an answer has as prompt what the template writes before it."""
+        try:
+            return self._text(rows[:i], tools, shadow, True)
+        except RowRefused:
+            answer = self._answer_of(rows[i], tools, shadow, upto) if i == 0 else ""
+            if not answer:
+                raise
+            return upto.removesuffix(answer)
+
+    def _answer_of(self, row: dict[str, Any], tools: Any, shadow: bool, upto: str) -> str:
+        """The answer as the template writes it after a simple question, if `upto` ends with the same; else nothing."""
+        for with_tools in (None, tools):
+            try:
+                ask = self._text([_USER], with_tools, shadow, True)
+                answered = self._text([_USER, row], with_tools, shadow, False)
+            except RowRefused:
+                continue
+            if answered.startswith(ask) and upto.endswith(answered[len(ask) :]):
+                return answered[len(ask) :]
+        return ""
 
     def _before(self, prompt: str, ending: str, shadow: bool) -> str:
         """The prompt without its ending."""
@@ -245,6 +263,8 @@ class Drafter:
         rest = rest[shown.end() :] if shown else rest
         if thinking.group("closed"):
             return rest
+        if rest.startswith(opened) and closed in rest:  # the template shows reasoning that stands in the content
+            return rest.removeprefix(opened).lstrip("\n")
         reasoning = message.reasoning
         if reasoning is None and tag in message.content:
             reasoning = message.content.partition(tag)[0].replace(thinking.group("open"), "", 1)
