@@ -26,6 +26,7 @@ _KEYS = {
     "columns",
     "tags",
 }
+_OPTIONAL = ("system", "tools", "label", "chosen", "rejected", "images", "videos", "audios")
 _OPENAI_TAGS = {
     "role_tag": "role",
     "content_tag": "content",
@@ -85,7 +86,7 @@ def translate(source: Source, entry: dict[str, Any], where: str) -> tuple[Source
     ranking = entry.get("ranking", False)
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise ConfigError(f"{where}: formatting {formatting!r} is unknown (known: alpaca, sharegpt, openai)")
-    defaults = dict.fromkeys(("system", "tools", "label", "chosen", "rejected", "images", "videos", "audios"), "")
+    defaults: dict[str, str] = dict.fromkeys(_OPTIONAL, "")
     if ranking:
         defaults |= {"chosen": "chosen", "rejected": "rejected"}
     else:
