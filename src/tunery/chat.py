@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from tunery.errors import TuneryError
 from tunery.generate.base import Request, Sampling
 from tunery.types import Message
 
@@ -121,6 +122,10 @@ def converse(talk: Chat, source: TextIO, out: TextIO, name: str) -> None:
             _answer(talk, line, out)
         except KeyboardInterrupt:
             print(" [stopped]", file=notes, flush=True)
+        except TuneryError as error:
+            if not terminal:
+                raise
+            print(f"error: {error}", file=notes, flush=True)
 
 
 def _answer(talk: Chat, question: str, out: TextIO) -> None:
