@@ -32,7 +32,11 @@ TOOLS = [
         "function": {
             "name": name,
             "description": f"Look up {name}.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "where"}},
+                "required": ["city"],
+            },
         },
     }
     for name in ("get_weather", "get_time")
@@ -62,10 +66,7 @@ def tokenizer(name: str) -> Any:
 
 
 @functools.cache
-def small_tokenizer(
-    special: tuple[str, ...] = (), bos: str | None = None, eos: str | None = "</s>", add_bos: bool = False
-) -> Any:
-    """A byte-level BPE tokenizer with a few hundred tokens, made on the spot: no assets needed."""
+def _small_backend() -> str:
     backend = Tokenizer(models.BPE())
     words = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = pre_tokenizers.Split(Regex(words), "isolated")
@@ -75,6 +76,15 @@ def small_tokenizer(
         vocab_size=400, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     backend.train_from_iterator(TEXTS * 3, trainer)
+    return backend.to_str()
+
+
+@functools.cache
+def small_tokenizer(
+    special: tuple[str, ...] = (), bos: str | None = None, eos: str | None = "</s>", add_bos: bool = False
+) -> Any:
+    """A byte-level BPE tokenizer with a few hundred tokens, made on the spot: no assets needed."""
+    backend = Tokenizer.from_str(_small_backend())
     if add_bos:
         backend.add_special_tokens([bos])
         first = (bos, backend.token_to_id(bos))

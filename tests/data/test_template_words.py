@@ -1,0 +1,43 @@
+"""The word cache. Oracle: the tokenizer itself, token for token."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from template_cases import TEXTS, small_tokenizer, tokenizer
+
+from tunery.data.words import word_encoder
+
+ASCII = [chr(i) for i in range(128)]
+TRICKY = " \n\t\r'sSlLdDrRvVeEmM9.a_</|>"
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama3.1", "gpt2"])
+def test_equals_the_tokenizer(name):
+    backend = tokenizer(name).backend_tokenizer
+    encoder = word_encoder(backend)
+    assert encoder is not None
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(letters, k=rng.randint(0, 50))) for letters in (ASCII, TRICKY) for _ in range(1500)]
+    texts += [text for text in TEXTS if text.isascii()]
+    texts += [f"<|im_start|>user\n{a}<|im_end|>{b}" for a, b in zip(texts[::9], texts[::7], strict=False)]
+    expected = backend.encode_batch_fast(texts, add_special_tokens=False)
+    assert [encoder.encode(text) for text in texts] == [encoding.ids for encoding in expected]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=80))
+def test_equals_a_small_tokenizer_on_any_ascii(text):
+    backend = small_tokenizer(("<a>", "<a>b")).backend_tokenizer
+    encoder = word_encoder(backend)
+    assert encoder is not None
+    for shown in (text, f"<a>{text}<a>b"):
+        assert encoder.encode(shown) == backend.encode(shown, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", ["phi-3-mini", "stories260K", "llama2"])
+def test_other_kinds_of_tokenizer_take_no_short_cut(name):
+    assert word_encoder(tokenizer(name).backend_tokenizer) is None
