@@ -102,6 +102,14 @@ def test_a_few_hard_rows_are_not_a_high_learning_rate():
     assert kinds(History(steps(losses))) == []
 
 
+def test_a_hard_stretch_now_and_then_is_not_a_high_learning_rate():
+    rng = random.Random(6)
+    losses = [
+        noisy(rng, (1 + math.exp(-i / 30)) * (1.6 if i % 60 in (50, 51, 52, 53) else 1), 0.02) for i in range(300)
+    ]
+    assert kinds(History(steps(losses))) == []
+
+
 # ------------------------------------------------------------ trouble is found
 
 
