@@ -47,9 +47,9 @@ def test_an_entry_is_whole_or_absent():
         (folder / "file").write_text("x")
         assert not entry.exists()
     assert (entry.folder / "file").read_text() == "x"
-    with entry.writing() as folder:  # a second writer replaces it
+    with entry.writing() as folder:  # another process, as late: somebody may be reading the first one's
         (folder / "file").write_text("y")
-    assert (entry.folder / "file").read_text() == "y" and [p.name for p in entry.folder.parent.iterdir()] == ["k"]
+    assert (entry.folder / "file").read_text() == "x" and [p.name for p in entry.folder.parent.iterdir()] == ["k"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
@@ -73,6 +73,25 @@ def test_a_rank_waits_until_the_entry_is_there(monkeypatch):
     entry.wait(patience=10)
     thread.join()
     assert (entry.folder / "file").read_text() == "x"
+
+
+def test_a_rank_with_a_damaged_entry_waits_for_the_next_one():
+    entry = CacheEntry("k")
+    with entry.writing() as folder:
+        (folder / "file").write_text("damaged")
+    damaged = entry.stamp()
+
+    def build():
+        time.sleep(0.2)
+        entry.folder.rename(entry.folder.with_name("aside"))  # removed, but its inode number not free for the next one
+        with entry.writing() as folder:
+            (folder / "file").write_text("whole")
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    entry.wait(patience=10, damaged=damaged)
+    thread.join()
+    assert (entry.folder / "file").read_text() == "whole"
 
 
 def test_a_rank_gives_up_without_a_sign_of_life_and_not_before(monkeypatch):

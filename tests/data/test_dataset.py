@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from assets_path import assets
 from toy_template import ToyTemplate, text_of
 from tunery.config import validate
 from tunery.data.dataset import DataConfig, Prepared, mix, prepare
@@ -297,3 +298,23 @@ def test_a_report_survives_saving(tmp_path):
     report = go(train=lines(tmp_path / "x.jsonl", alpaca(*range(20)) + ["{"]), eval=0.1).report
     report.save(tmp_path / "report.json")
     assert DataReport.load(tmp_path / "report.json") == report
+
+
+def test_real_rows_are_what_the_template_makes_of_each_alone(tmp_path):
+    """Oracle: template.encode, row by row, with a real tokenizer and its own template."""
+    from transformers import AutoTokenizer
+
+    from tunery.data.template import load_template
+    from tunery.types import Example, Refused
+
+    root = assets()
+    template = load_template("auto", AutoTokenizer.from_pretrained(root / "tokenizers" / "qwen2.5"), max_length=1024)
+    info = root / "datasets" / "llamafactory"
+    data = go(template, train=["identity", "glaive_toolcall_zh_demo"], dataset_dir=str(info))
+    assert data.report.rows == 391 and len(data.train) + sum(data.report.reasons().values()) == 391
+    numbers = list(range(0, len(data.train), 10))
+    for number, example in zip(numbers, data.train_examples(numbers), strict=True):
+        (expected,) = template.encode_many([Example(example.messages, tools=example.tools)])
+        assert not isinstance(expected, Refused)
+        for left, right in zip(data.train.sequences(number), expected, strict=True):
+            assert np.array_equal(left.ids, right.ids) and np.array_equal(left.weights, right.weights)

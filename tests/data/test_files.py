@@ -54,6 +54,18 @@ def test_every_kind_of_file_gives_the_same_rows_numbered_from_one(tmp_path, name
     assert numbered(save(tmp_path / name)) == list(enumerate(ROWS, 1))
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_objects_of_columnar_files_lose_the_keys_that_only_others_have(tmp_path, name):
+    rows = [{"calls": [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": [None, 2]}}], "c": None}]
+    table = pa.Table.from_pylist(rows)
+    if name == "x.parquet":
+        parquet.write_table(table, tmp_path / name)
+    else:
+        with ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    assert numbered(tmp_path / name) == [(1, {"calls": rows[0]["calls"], "c": None})]
+
+
 def test_a_byte_order_mark_is_accepted(tmp_path):
     mark = b"\xef\xbb\xbf"
     assert numbered(write(tmp_path / "x.jsonl", mark + b'{"a": 1}\n')) == [(1, {"a": 1})]

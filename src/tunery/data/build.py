@@ -81,12 +81,11 @@ def build(inputs: Inputs) -> Built:
         _count_used(report, train, 1)
         _count_used(report, held, 1)
         enforce(report, inputs.max_bad)
-
-        names = list(files)
-        total = len(train.examples) + len(held.examples)
-        with _progress(inputs.console, total) as advance:
-            train_store, _ = _tokenised(train, names, inputs, report, advance)
-            eval_store, kept = _tokenised(held, names, inputs, report, advance)
+    names = list(files)
+    total = len(train.examples) + len(held.examples)
+    with _progress(inputs.console, total) as advance:
+        train_store, _ = _tokenised(train, names, inputs, report, advance)
+        eval_store, kept = _tokenised(held, names, inputs, report, advance)
     _count(report, train_store, eval_store, has_eval)
     enforce(report, inputs.max_bad)
     enforce_learnable(report)

@@ -80,10 +80,9 @@ class CacheEntry:
             raise self._unwritable(error) from None
         try:
             yield temporary
-            self.remove()
             temporary.rename(self.folder)
         except OSError as error:
-            if not self.exists():  # else another process was faster, with the same result
+            if not self.exists():  # else another process was faster, with the same result, and may be reading it
                 raise self._unwritable(error) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -106,11 +105,25 @@ class CacheEntry:
     def done(self) -> None:
         self.marker.unlink(missing_ok=True)
 
-    def wait(self, say: Callable[[str], None] = lambda line: None, patience: float = PATIENCE) -> None:
-        """Until rank 0 has made the entry. Raises DataError after `patience` seconds without a sign of life."""
+    def stamp(self) -> tuple[int, int] | None:
+        """Tells an entry from the one that takes its place; None where there is none."""
+        try:
+            found = self.folder.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def wait(
+        self,
+        say: Callable[[str], None] = lambda line: None,
+        patience: float = PATIENCE,
+        damaged: tuple[int, int] | None = None,
+    ) -> None:
+        """Until rank 0 has made the entry, and one other than the `damaged` (by its stamp). Raises DataError after
+        `patience` seconds without a sign of life."""
         started = time.time()
         said = False
-        while not self.exists():
+        while self.stamp() in (None, damaged):
             try:
                 alive = max(started, self.marker.stat().st_mtime)
             except OSError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -232,8 +232,7 @@ def _cached(inputs: Inputs, cache_key: str) -> Built:
     entry = CacheEntry(_key(inputs, cache_key))
     say = inputs.console.print if inputs.console is not None else (lambda line: None)
     if rank() != 0:
-        entry.wait(say)
-        return _load(entry.folder)
+        return _wait_and_load(entry, say)
     if entry.exists():
         try:
             built = _load(entry.folder)
@@ -256,6 +255,20 @@ def _cached(inputs: Inputs, cache_key: str) -> Built:
     finally:
         entry.done()
     return built
+
+
+def _wait_and_load(entry: CacheEntry, say: Callable[[str], None]) -> Built:
+    """What rank 0 makes. It finds a damaged entry as this rank does, and builds it again."""
+    damaged = None
+    while True:
+        entry.wait(say, damaged=damaged)
+        damaged = entry.stamp()
+        try:
+            built = _load(entry.folder)
+        except DataError:
+            continue
+        built.report.cache = "hit"
+        return built
 
 
 def _load(folder: Path) -> Built:

@@ -186,6 +186,20 @@ def _json(path: Path) -> Rows:
 # ---------------------------------------------------------------- columnar
 
 
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a columnar file with the absent keys of its inner objects absent. Such a column has one type, so each
+    object is filled up with nulls for the keys of all others: every tool call would have every call's arguments."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
 def _parquet(path: Path) -> Rows:
     import pyarrow
     from pyarrow import parquet
@@ -196,7 +210,7 @@ def _parquet(path: Path) -> Rows:
             for batch in file.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, without_nulls(row)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not valid Parquet: {error}") from None
 
@@ -218,6 +232,6 @@ def _arrow(path: Path) -> Rows:
                 for start in range(0, batch.num_rows, _BATCH):
                     for row in batch.slice(start, _BATCH).to_pylist():
                         number += 1
-                        yield number, row
+                        yield number, without_nulls(row)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not valid Arrow: {error}") from None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tunery.config import Config
-from tunery.data.files import EXTENSIONS, missing, read_file
+from tunery.data.files import EXTENSIONS, missing, read_file, without_nulls
 from tunery.errors import ConfigError, DataError
 from tunery.types import Refused
 
@@ -159,7 +159,7 @@ def _read_hub(located: Located, streaming: bool) -> Iterator[tuple[str, int, dic
     data, split = load_hub(located, streaming)
     name = f"{located.hub}:{split}"
     for number, row in enumerate(data, 1):
-        yield name, number, row
+        yield name, number, without_nulls(row)
 
 
 def load_hub(located: Located, streaming: bool = False) -> tuple[Any, str]:

@@ -113,7 +113,6 @@ def _in_processes(
     """The same in `count` forked processes, which inherit the examples and hand back arrays."""
     global _inherited
     _inherited = (examples, origins, objective, template)
-    gc.collect()
     gc.freeze()  # else the children's collectors would touch, and so copy, every page of the examples
     pool = ProcessPoolExecutor(count, mp_context=get_context("fork"), initializer=_start_worker)
     try:
@@ -135,6 +134,7 @@ def _in_processes(
 
 
 def _start_worker() -> None:
+    gc.enable()  # it may be off in the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
