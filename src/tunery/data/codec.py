@@ -8,7 +8,6 @@ matches, and what a person wrote is text like any other, with the merges and pre
 from __future__ import annotations
 
 import collections
-import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -19,11 +18,10 @@ from tokenizers import Tokenizer
 
 from tunery.data.parse import MARKERS
 from tunery.data.render import RowRefused
+from tunery.data.shadow import CLOSE, OPEN, Shadow
 from tunery.data.words import WordEncoder, word_encoder
 from tunery.errors import TemplateError
 
-# Two noncharacters: Unicode sets them aside for a program's own use, so they are in no text meant for interchange.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
 _RENAMED = re.compile(f"{OPEN}[^{CLOSE}]*{CLOSE}")
 
 
@@ -41,6 +39,12 @@ class Codec:
                 "(transformers' AutoTokenizer converts most) and use that folder"
             )
         self.backend: Tokenizer = tokenizer.backend_tokenizer
+        if self.backend.truncation or self.backend.padding or self.backend.encode_special_tokens:
+            # Settings of a tokenizer.json that transformers overrides in each call; here in a copy.
+            self.backend = Tokenizer.from_str(self.backend.to_str())
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            self.backend.encode_special_tokens = False
         self.eos: str | None = tokenizer.eos_token
         added = self.backend.get_added_tokens_decoder()
         special = {*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)}
@@ -67,9 +71,10 @@ class Codec:
 
     def encode(self, texts: Sequence[str], shadow: bool = False) -> list[list[int]]:
         """Token ids of rendered texts: without look-alikes, or (`shadow`) from `rename`."""
-        if shadow or self._words is None:
-            backend = self.shadow if shadow else self.backend
-            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if shadow:
+            return self._shadow.encode(texts)
+        if self._words is None:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         result = [self._words.encode(text) if text.isascii() else None for text in texts]
         others = [i for i, ids in enumerate(result) if ids is None]
         if others:
@@ -77,6 +82,10 @@ class Codec:
             for i, encoding in zip(others, encodings, strict=True):
                 result[i] = encoding.ids
         return [ids for ids in result if ids is not None]
+
+    @cached_property
+    def _shadow(self) -> Shadow:
+        return Shadow(self.backend, self.ids)
 
     @cached_property
     def _words(self) -> WordEncoder | None:
@@ -94,7 +103,9 @@ class Codec:
 
     def offsets(self, text: str, shadow: bool) -> list[tuple[int, int]]:
         """The (start, end) characters of each token of a text."""
-        return (self.shadow if shadow else self.backend).encode(text, add_special_tokens=False).offsets
+        if shadow:
+            return self._shadow.offsets(text)
+        return self.backend.encode(text, add_special_tokens=False).offsets
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of raw text, with what the tokenizer itself puts around a document (its BOS)."""
@@ -158,32 +169,6 @@ class Codec:
             ours = re.sub(f"[{OPEN}{CLOSE}]", "", pieces[i])
             pieces[i] = self.pattern.sub(f"{OPEN}\\g<0>{CLOSE}", ours)
         return "".join(pieces)
-
-    @cached_property
-    def shadow(self) -> Tokenizer:
-        """The same tokenizer with every control token renamed to OPEN + name + CLOSE, at the same id."""
-        spec = json.loads(self.backend.to_str())
-        names = {text: f"{OPEN}{text}{CLOSE}" for text in self.control}
-        for token in spec["added_tokens"]:
-            token["content"] = names.get(token["content"], token["content"])
-        model = spec["model"]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {names.get(text, text): i for text, i in model["vocab"].items()}
-        else:
-            model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
-        if model.get("unk_token") in names:
-            model["unk_token"] = names[model["unk_token"]]
-        if "merges" in model:
-            # Text must not merge into a control token's letters; those merges would have no result any more.
-            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-            model["merges"] = [list(pair) for pair in pairs if "".join(pair) not in names]
-        spec["post_processor"] = None
-        spec["truncation"] = spec["padding"] = None
-        shadow = Tokenizer.from_str(json.dumps(spec))
-        moved = [text for text, name in names.items() if shadow.token_to_id(name) != self.ids[text]]
-        if moved:
-            raise TemplateError(f"cannot encode text that looks like {moved[0]!r}: this tokenizer's ids have gaps")
-        return shadow
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from tunery.data.codec import CLOSE, OPEN, Codec
+from tunery.data.codec import Codec
 from tunery.data.render import Renderer, RowRefused, to_dicts
+from tunery.data.shadow import CLOSE, OPEN, renamed
 from tunery.errors import TemplateError
 from tunery.types import Message
 
@@ -164,7 +165,7 @@ class Drafter:
             self._text(rows, marked_tools, shadow, False), shadow, len(rows), base=1.0 if train == "all" else 0.0
         )
         own = []
-        stop = f"{OPEN}{self.stop}{CLOSE}" if shadow and self.stop else self.stop
+        stop = renamed(self.stop) if shadow and self.stop else self.stop
         for i in trained:
             last = i == len(rows) - 1
             upto = whole.text if last else self._text(rows[: i + 1], marked_tools, shadow, False)
