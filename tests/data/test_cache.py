@@ -39,6 +39,8 @@ def test_keys_differ_by_value_not_by_order(tmp_path):
 
 def test_an_entry_is_whole_or_absent():
     entry = CacheEntry("k")
+    entry.claim()
+    entry.done()
     with pytest.raises(ZeroDivisionError), entry.writing() as folder:
         (folder / "half").write_text("x")
         raise ZeroDivisionError
@@ -56,12 +58,13 @@ def test_an_entry_is_whole_or_absent():
 def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TUNERY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"the cache cannot be written .*set TUNERY_CACHE"), CacheEntry("k").writing():
-        pass
+    with pytest.raises(DataError, match=r"the cache cannot be written .*set TUNERY_CACHE"):
+        CacheEntry("k").claim()
 
 
 def test_a_rank_waits_until_the_entry_is_there(monkeypatch):
     entry = CacheEntry("k")
+    entry.claim()
 
     def build():
         time.sleep(0.3)
@@ -77,6 +80,7 @@ def test_a_rank_waits_until_the_entry_is_there(monkeypatch):
 
 def test_a_rank_with_a_damaged_entry_waits_for_the_next_one():
     entry = CacheEntry("k")
+    entry.claim()
     with entry.writing() as folder:
         (folder / "file").write_text("damaged")
     damaged = entry.stamp()
@@ -97,6 +101,7 @@ def test_a_rank_with_a_damaged_entry_waits_for_the_next_one():
 def test_a_rank_gives_up_without_a_sign_of_life_and_not_before(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     entry = CacheEntry("k")
+    entry.claim()
     started = time.time()
     stop = threading.Event()
 

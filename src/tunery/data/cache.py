@@ -69,12 +69,20 @@ class CacheEntry:
     def exists(self) -> bool:
         return self.folder.is_dir()
 
+    def claim(self) -> None:
+        """Say that rank 0 is at work, and find out now, not after the work, whether the cache can be written. Raises
+        DataError."""
+        try:
+            self.marker.parent.mkdir(parents=True, exist_ok=True)
+            self.marker.touch()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
         """An empty folder that becomes the entry when the block ends well. Raises DataError where the cache cannot be
         written (no room, no permission)."""
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", dir=self.folder.parent))
         except OSError as error:
             raise self._unwritable(error) from None
@@ -99,7 +107,6 @@ class CacheEntry:
     def beat(self) -> None:
         """Rank 0 is still at work."""
         with contextlib.suppress(OSError):
-            self.marker.parent.mkdir(parents=True, exist_ok=True)
             self.marker.touch()
 
     def done(self) -> None:

@@ -241,7 +241,7 @@ def _cached(inputs: Inputs, cache_key: str) -> Built:
         except DataError as error:
             say(f"building the tokenised data again: {error}")
             entry.remove()
-    entry.beat()
+    entry.claim()
     try:
         built = build(replace(inputs, beat=entry.beat))
         with entry.writing() as folder:
