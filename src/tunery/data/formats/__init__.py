@@ -39,7 +39,8 @@ def load_format(name: str) -> Any:
 
 def detect_format(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The format that recognises the most of these rows; None where none does."""
-    found = {name: sum(bool(load_format(name).detect(row)) for row in rows) for name in kinds(FOLDER)}
+    modules = {name: load_format(name) for name in kinds(FOLDER)}
+    found = {name: sum(bool(module.detect(row)) for row in rows) for name, module in modules.items()}
     best = max(found, key=lambda name: found[name])
     return best if found[best] else None
 
