@@ -76,8 +76,8 @@ class Encoder:
 
     def _weigh(self, ids: np.ndarray, weights: np.ndarray, start: int, turn: Turn, shadow: bool) -> None:
         """Set the weights of one answer, whose first token is at `start`."""
-        answer = ids[start:].tolist()
-        end = min((start + answer.index(token) for token in self.ends if token in answer), default=None)
+        found = [places[0] for places in (np.flatnonzero(ids[start:] == token) for token in self.ends) if len(places)]
+        end = start + int(min(found)) if found else None
         if end is None:
             detail = f"the template ends message {turn.index + 1} with no token to stop at"
             raise RowRefused("no end-of-turn token", detail)
