@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -79,8 +80,9 @@ class Streamed:
     def __init__(self, rows: Rows):
         self.rows = rows
 
-    def examples(self, epoch: int, start: int):
-        yield from self.rows.examples_from(epoch)[start:]
+    def forever(self, start: int):
+        epochs = (example for epoch in itertools.count() for example in self.rows.examples_from(epoch))
+        return itertools.islice(epochs, start, None)
 
 
 def test_a_stream_resumes_where_it_would_have_been():

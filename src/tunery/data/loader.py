@@ -27,7 +27,9 @@ class Store(Protocol):
 class Stream(Protocol):
     """Tokenised examples read while training (data/stream.py)."""
 
-    def examples(self, epoch: int, start: int) -> Iterator[tuple[list[Tokens], Any]]: ...
+    def forever(self, start: int) -> Iterator[tuple[list[Tokens], Any]]:
+        """Examples from number `start` on, over epoch after epoch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,7 @@ class StreamLoader:
         self._examples: Iterator[list[Tokens]] = self._from(0)
 
     def _from(self, start: int) -> Iterator[list[Tokens]]:
-        """Examples from number `start` on, over epoch after epoch."""
-        epoch, seen = 0, 0
-        while True:
-            in_epoch = 0
-            for sequences, _ in self.stream.examples(epoch, 0):
-                if seen + in_epoch >= start:
-                    yield sequences
-                in_epoch += 1
-            seen, epoch = seen + in_epoch, epoch + 1
+        return (sequences for sequences, _ in self.stream.forever(start))
 
     def step(self, step: int) -> Step:
         if step != self._next:

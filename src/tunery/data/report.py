@@ -54,6 +54,10 @@ class SourceReport:
     labelled: int = 0
 
     @property
+    def all_refused(self) -> int:
+        return sum(self.refused.values())
+
+    @property
     def bad(self) -> int:
         """Rows refused because something is wrong with them."""
         return sum(count for reason, count in self.refused.items() if reason not in BY_CHOICE)
@@ -166,14 +170,13 @@ class DataReport:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("data", overflow="fold")
         table.add_column("format")
-        names = ["rows", "used", "held out", "in eval", "refused", "cut", "tokens", "trained"]
+        names = ["rows", "used", "held out", "in eval", "copies", "refused", "cut", "tokens", "trained"]
         values = [
-            [s.rows, s.used, s.held_out, s.overlap, sum(s.refused.values()), s.truncated, s.tokens, s.labelled]
+            [s.rows, s.used, s.held_out, s.overlap, s.duplicates, s.all_refused, s.truncated, s.tokens, s.labelled]
             for s in self.sources
         ]
-        kept = [
-            i for i, name in enumerate(names) if name not in ("held out", "in eval", "cut") or any(v[i] for v in values)
-        ]
+        seldom = ("held out", "in eval", "copies", "cut")
+        kept = [i for i, name in enumerate(names) if name not in seldom or any(numbers[i] for numbers in values)]
         for i in kept:
             table.add_column(names[i], justify="right")
         for source, numbers in zip(self.sources, values, strict=True):

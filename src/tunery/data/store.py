@@ -26,6 +26,7 @@ class TokenStore:
     `file_index` int32 [E], into `files`: where an example came from; `source` int32 [E], the number of its entry in the
     data section; `token_extra` name -> [N] and `sequence_extra` name -> [S], what else the objective put into Tokens.
 
+    `lengths` int64 [len(self)]: tokens of each example, over all its sequences.
     `index` int64 or None: a view of chosen examples in a chosen order, with repetition (see `select`)."""
 
     def __init__(self, arrays: dict[str, np.ndarray], files: Sequence[str], index: np.ndarray | None = None):
@@ -42,6 +43,7 @@ class TokenStore:
         self.source = arrays["source"]
         self.token_extra = {name[6:]: array for name, array in arrays.items() if name.startswith("token.")}
         self.sequence_extra = {name[9:]: array for name, array in arrays.items() if name.startswith("sequence.")}
+        self.lengths = self._of_examples(np.diff(self.sequence_offsets))
 
     def __len__(self) -> int:
         return len(self.rows) if self.index is None else len(self.index)
@@ -57,11 +59,6 @@ class TokenStore:
         sums = np.concatenate([[0], np.cumsum(per_sequence, dtype=np.int64)])[self.example_offsets]
         sums = np.diff(sums)
         return sums if self.index is None else sums[self.index]
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, over all its sequences: int64 [len(self)]."""
-        return self._of_examples(np.diff(self.sequence_offsets))
 
     @cached_property
     def labelled(self) -> np.ndarray:
