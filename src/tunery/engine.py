@@ -76,11 +76,17 @@ class Engine:
         mine = {name: (float(value), float(weight)) for name, (value, weight) in metrics.items()}
         if self.world == 1:
             return mine
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, mine)
+        everyone = self.gather(mine)
         names = sorted({name for one in everyone for name in one})
         pairs = {name: [one.get(name, (0.0, 0.0)) for one in everyone] for name in names}
         return {name: (sum(p[0] for p in many), sum(p[1] for p in many)) for name, many in pairs.items()}
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order, on every rank."""
+        values: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -109,10 +115,13 @@ class Engine:
 
     # ------------------------------------------------------------------ randomness, memory
 
-    def seed(self, seed: int, step: int) -> None:
+    def seed(self, seed: int, step: int, rank: int | None = None) -> None:
         """Everything random in a step (dropout, noise) is a function of (seed, step, rank), so a resumed run needs no
-        saved generator to go on exactly."""
-        value = int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        saved generator to go on exactly. `rank` is this one's unless given (a replay plays them all)."""
+        value = int(
+            np.random.SeedSequence([seed, step, self.rank if rank is None else rank]).generate_state(1, np.uint64)[0]
+            >> np.uint64(1)
+        )
         random.seed(value)
         np.random.seed(value % 2**32)
         torch.manual_seed(value)
@@ -131,9 +140,8 @@ class Engine:
         return {"device": name, "ranks": self.world, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def close(self) -> None:
-        """Leave the process group, if torchrun made one."""
+        """Leave the process group, if torchrun made one. Never waits for the others: one of them may have failed."""
         if self.world > 1:
             from accelerate import PartialState
 
-            dist.barrier()
             PartialState().destroy_process_group()

@@ -80,31 +80,29 @@ def _watch(model: nn.Module) -> Iterator[list[str]]:
 
 
 def keep_failure(
-    folder: Path, step: int, findings: Sequence[Finding], batches: Sequence[Batch], origins: dict[int, str]
+    folder: Path, step: int, ranks: Sequence[tuple[list[Finding], list[dict[str, Any]]]], origins: dict[int, str]
 ) -> None:
-    """Write what `replay` needs: the streams as they were, and what was found. The weights are saved beside them by
-    the caller, as in a checkpoint."""
+    """Write what `replay` needs: each rank's streams as they were (`as_dict`), and what was found. The weights are
+    saved beside them by the caller, as in a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save([_as_dict(batch) for batch in batches], folder / BATCHES)
-    record = {
-        "step": step,
-        "findings": [asdict(f) for f in findings],
-        "origins": {str(k): v for k, v in origins.items()},
-    }
-    (folder / RECORD).write_text(json.dumps(record, indent=1))
+    torch.save([batches for _, batches in ranks], folder / BATCHES)
+    where = {str(row): origin for row, origin in origins.items()}
+    found = [[asdict(finding) for finding in findings] for findings, _ in ranks]
+    (folder / RECORD).write_text(json.dumps({"step": step, "findings": found, "origins": where}, indent=1))
 
 
-def load_failure(folder: Path) -> tuple[dict[str, Any], list[Batch]]:
-    """What `keep_failure` wrote. Raises TuneryError when there is none."""
+def load_failure(folder: Path) -> tuple[dict[str, Any], list[list[Batch]]]:
+    """What `keep_failure` wrote: the record, and each rank's streams. Raises TuneryError when there is none."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        batches = [Batch(**b) for b in torch.load(folder / BATCHES, weights_only=True)]
+        saved = torch.load(folder / BATCHES, weights_only=True)
+        return record, [[Batch(**batch) for batch in batches] for batches in saved]
     except (OSError, ValueError, TypeError) as error:
         raise TuneryError(f"{folder}: holds no failure to replay ({error})") from error
-    return record, batches
 
 
-def _as_dict(batch: Batch) -> dict[str, Any]:
+def as_dict(batch: Batch) -> dict[str, Any]:
+    """A batch as plain values on the CPU."""
     batch = batch.to("cpu")
     return {field.name: getattr(batch, field.name) for field in fields(batch)}
 

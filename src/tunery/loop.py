@@ -60,7 +60,9 @@ def run_job(job: Job, console: Any = None) -> Result:
     """Train, evaluate and report, on this rank. Raises TuneryError; Interrupted after Ctrl-C."""
     engine = Engine(job.model.dtype)
     try:
-        if is_finished(resolve(job, engine), Path(job.output)):
+        finished = is_finished(resolve(job, engine), Path(job.output))
+        engine.barrier()  # before the first rank changes anything in the folder
+        if finished:
             return Result(Path(job.output), already_finished=True)
         run = set_up(job, engine, console)
         if console is not None and engine.is_main:
@@ -157,10 +159,12 @@ def _fail(run: Run, step: int, micro: list[Any]) -> None:
     run.optimizer.zero_grad(set_to_none=True)
     seed = run.job.train.seed
     findings = guard.investigate(run.model, run.objective, run.policy, micro, lambda: run.engine.seed(seed, step))
+    everyone = run.engine.gather((findings, [guard.as_dict(batch) for batch in micro]))
+    findings = [finding for found, _ in everyone for finding in found]
     origins = {row: origin(run, row) for finding in findings for row in finding.rows}
     folder = run.output / f"failure-step-{step + 1}"
     if run.engine.is_main:
-        guard.keep_failure(folder, step, findings, micro, origins)
+        guard.keep_failure(folder, step, everyone, origins)
         run.save_weights(folder)
     raise NonFiniteError(guard.explain(step + 1, findings, origins, run.output))
 

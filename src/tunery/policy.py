@@ -66,7 +66,7 @@ class CausalPolicy:
     def _hidden(self, batch: Batch) -> Tensor:
         """The backbone's last hidden states, [T, H]."""
         assert self.parts is not None
-        with self._autocast():
+        with self.autocast():
             out = self.parts.backbone(use_cache=False, **self._inputs(batch))
         return out.last_hidden_state[0]
 
@@ -76,7 +76,7 @@ class CausalPolicy:
         parts = self.parts
 
         def chunk_logps(h: Tensor, y: Tensor) -> Tensor:
-            with self._autocast():
+            with self.autocast():
                 z = cap_and_scale(parts.head(h), parts.scale, parts.softcap)
             return z.gather(1, y[:, None])[:, 0] - z.logsumexp(-1)
 
@@ -89,7 +89,7 @@ class CausalPolicy:
 
     def _logps_full(self, batch: Batch) -> Tensor:
         """Per-token log-probabilities through the model's own head, [T]."""
-        with self._autocast():
+        with self.autocast():
             logits = self.causal(use_cache=False, **self._inputs(batch)).logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.gather(1, batch.targets_T[:, None])[:, 0] - logits.logsumexp(-1)
@@ -111,14 +111,15 @@ class CausalPolicy:
     def _noisy_embeddings(self, batch: Batch) -> Tensor:
         """NEFTune, eq. in section 2: x + (alpha / sqrt(L d)) * Uniform(-1, 1), with L the length of each sequence."""
         assert self.neftune is not None
-        with self._autocast():
+        with self.autocast():
             embeds = self.causal.get_input_embeddings()(batch.ids_T[None])
         lengths = batch.cu_seqlens.diff()
         lengths_T = lengths.repeat_interleave(lengths, output_size=batch.n_tokens)
         scale_T = self.neftune / (lengths_T * embeds.shape[-1]).to(embeds.dtype).sqrt()
         return embeds + torch.empty_like(embeds).uniform_(-1, 1) * scale_T[None, :, None]
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic the model trains in: parameters wider than `dtype` are cast as they are used."""
         if self.dtype in (torch.bfloat16, torch.float16):
             return torch.autocast(self.device.type, dtype=self.dtype)
         return nullcontext()
@@ -152,7 +153,7 @@ class CausalPolicy:
         return ids[:6], ids[6:]
 
     def _own_logits(self, ids: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             return self.causal(input_ids=ids[None], use_cache=False).logits[0].float()
 
     def _close(self, a: Tensor, b: Tensor) -> bool:
@@ -164,7 +165,7 @@ class CausalPolicy:
         positions = torch.cat([torch.arange(len(s), device=self.device) for s in (first, second)])
         longest = max(len(first), len(second))
         try:
-            with self._autocast():
+            with self.autocast():
                 logits = self.causal(
                     input_ids=torch.cat([first, second])[None], position_ids=positions[None], use_cache=False,
                     cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=longest, max_length_k=longest,
@@ -175,7 +176,7 @@ class CausalPolicy:
 
     def _parts_equal(self, ids: Tensor, own: Tensor) -> bool:
         assert self.parts is not None
-        with self._autocast():
+        with self.autocast():
             hidden = self.parts.backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0]
             logits = cap_and_scale(self.parts.head(hidden), self.parts.scale, self.parts.softcap)
         return self._close(logits, own)

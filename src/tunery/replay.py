@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,21 +23,20 @@ def replay(folder: Path) -> Iterator[str]:
         if not failures:
             raise TuneryError(f"{folder}: no failure-step-N folder in it, so nothing to replay")
         folder = failures[-1]
-    record, batches = guard.load_failure(folder)
+    record, ranks = guard.load_failure(folder)
     job = load_job(folder.parent / CONFIG)
     engine = Engine(job.model.dtype)
     model, _ = load_start(job, build("adapters", job.adapter), folder, engine)
     policy = CausalPolicy(model, dtype=engine.dtype, neftune=job.train.neftune)
+    objective, step = build("objectives", job.objective), record["step"]
     model.train()
-    yield f"{folder}: step {record['step'] + 1}, {len(batches)} streams; then:"
-    for finding in record["findings"]:
-        yield f"  {guard.Finding(**finding)}"
+    yield f"{folder}: step {step + 1}, {sum(map(len, ranks))} streams; then:"
+    for found in record["findings"]:
+        yield from (f"  {guard.Finding(**finding)}" for finding in found)
     yield "now:"
-    batches = [batch.to(engine.device) for batch in batches]
-    seed = job.train.seed
-    findings = guard.investigate(
-        model, build("objectives", job.objective), policy, batches, lambda: engine.seed(seed, record["step"])
-    )
-    for finding in findings:
-        rows = ", ".join(record["origins"].get(str(row), str(row)) for row in finding.rows[:4])
-        yield f"  {finding}" + (f"; rows: {rows}" if finding.module else "")
+    for rank, batches in enumerate(ranks):
+        seed = functools.partial(engine.seed, job.train.seed, step, rank)
+        moved = [batch.to(engine.device) for batch in batches]
+        for finding in guard.investigate(model, objective, policy, moved, seed):
+            rows = ", ".join(record["origins"].get(str(row), str(row)) for row in finding.rows[:4])
+            yield f"  {finding}" + (f"; rows: {rows}" if finding.module else "")

@@ -63,7 +63,8 @@ class Showcase:
         generator = HFGenerator(run.model, run.tokenizer, run.template)
         requests = [Request(messages=e.messages[:-1], tools=e.tools) for e in self.examples]
         sampling = Sampling(max_new_tokens=run.job.eval.max_new_tokens)
-        done = {c.index: c.text for c in generator.generate(requests, sampling)}
+        with run.policy.autocast():  # frozen and trained parameters may differ in dtype
+            done = {c.index: c.text for c in generator.generate(requests, sampling)}
         return [done[i] for i in range(len(requests))]
 
 

@@ -1,0 +1,1 @@
+"""Measurements: scripts, and their checked-in results. `python -m bench.NAME`."""

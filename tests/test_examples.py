@@ -1,0 +1,88 @@
+"""Every shipped YAML and every command of the READMEs runs. What a run of the quickstart achieves is shown by
+`make quickstart`, which CI runs; here all are cut to a few steps."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from test_cli import tunery
+
+from tunery.config import read_config
+from tunery.models.load import resolve_name
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
+SHORT = ["train.max_steps=2", "eval.generate=2", "eval.max_new_tokens=8", "eval.every=2", "train.save_every=2"]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a language in a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # their paths are relative to the project
+    values = read_config(path)
+    if "export_dir" in values:
+        overrides = [f"export_dir={tmp_path / 'out'}"]
+    elif "output" in values:
+        overrides = [f"output={tmp_path / 'run'}", *SHORT]
+    else:
+        overrides = [f"output_dir={tmp_path / 'run'}", "max_steps=2"]
+    done = tunery("train", path, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.md").is_file() or (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.stem)
+def test_readme_commands_run(readme, tmp_path, monkeypatch):
+    """The job of one's own, on the embedded base instead of a hub model, and each command after it, in order."""
+    monkeypatch.chdir(tmp_path)
+    rows = (ROOT / "examples/data/quickstart_train.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "my_rows.jsonl").write_text("\n".join(rows[:60]), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[60:62]), encoding="utf-8")
+    job = next(b for b in blocks(readme, "yaml") if "my_rows.jsonl" in b)
+    assert resolve_name("Qwen/Qwen2.5-7B-Instruct") in job
+    (tmp_path / "my_job.yaml").write_text(job, encoding="utf-8")
+    commands = [
+        line.partition("#")[0] for b in blocks(readme, "bash") for line in b.splitlines() if line.startswith("tunery")
+    ]
+    assert [c.split()[1] for c in commands] == ["check", "inspect", "train", "chat", "generate", "export"]
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if words[0] in ("check", "inspect", "train"):
+            words.append("model=builtin:tiny")
+        if words[0] == "train":
+            words += SHORT
+        if words[0] == "chat":
+            words += ["--prompt", "hi"]
+        if words[0] in ("chat", "generate"):
+            words += ["--max-new-tokens", "4"]
+        done = tunery(*words)
+        assert done.returncode == 0, (command, done.stderr)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.stem)
+def test_readme_python_runs(readme, tmp_path, monkeypatch, capsys):
+    (code,) = blocks(readme, "python")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(readme), "exec"), {})
+    assert capsys.readouterr().out.strip()
+    assert (tmp_path / "runs/from_python/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.stem)
+def test_readme_links_and_make_targets_exist(readme):
+    text = readme.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
+    targets = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", targets, re.MULTILINE), target
