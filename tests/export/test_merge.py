@@ -62,6 +62,8 @@ def test_merged_folder_loads_in_transformers(run, base, tmp_path):
     ends = model.generation_config.eos_token_id
     assert set(ends) == {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
+    modes = {path.stat().st_mode & 0o666 for path in [out, *out.iterdir()]}
+    assert modes == {tmp_path.joinpath("new").stat().st_mode & 0o666}  # as readable as anything else made here
 
 
 def test_adapter_alone_loads_in_peft(run, base, tmp_path):

@@ -12,7 +12,7 @@ from tunery.export.verify import compare, probe_logits, probes
 
 
 def test_error_by_hand():
-    """(1, -1) and (13, 7) have a mean square of 5 around their means; a difference of 0.1 in one of four is 0.01 / 4."""
+    """(1, -1) and (13, 7) have a mean square of 5 around their means; 0.1 off in one of four is 0.01 / 4."""
     expected = [torch.tensor([[1.0, -1.0]]), torch.tensor([[13.0, 7.0]])]
     found = [torch.tensor([[1.1, -1.0]]), torch.tensor([[13.0, 7.0]])]
     check = compare(found, expected, torch.float32)

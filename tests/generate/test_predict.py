@@ -156,11 +156,13 @@ def test_answer_gives_a_row_for_each_example(model):
         Example([*question, Message("assistant", "Hello")]),
         Example(text="no question"),
         Example(question),
+        Example([*question, Message("assistant", "Go away")], label=False),
     ]
-    first, second, third = answer(generator, examples, SAMPLING)
+    first, second, third, fourth = answer(generator, examples, SAMPLING)
     assert isinstance(first, dict) and first["label"] == "Hello" and first["predict"]
     assert second == Refused("plain text", "there is no question in it")
     assert isinstance(third, dict) and third["label"] is None
+    assert isinstance(fourth, dict) and fourth["label"] is None  # a bad answer is no reference
 
 
 def test_calls_are_text_in_one_form():

@@ -6,8 +6,8 @@ trained (verify.py), and renamed into place only when it agrees."""
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -202,12 +202,16 @@ def _written(place: Path, size: int) -> Iterator[Path]:
         needed = int(size * 1.02) + 32 * 2**20  # tokenizer files, headers
         if free < needed:
             raise ModelError(f"{place}: needs {needed / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} GiB free")
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        folder = place.parent / f".{place.name}.{secrets.token_hex(4)}"
+        folder.mkdir()
     except OSError as error:
         raise ModelError(f"{place}: cannot be written: {error}") from error
     try:
         yield folder
-        folder.chmod(place.parent.stat().st_mode & 0o777)
+        readable = folder.stat().st_mode & 0o666
+        for file in folder.rglob("*"):
+            if file.is_file():  # safetensors leaves its files readable by their owner alone
+                file.chmod(readable)
         os.replace(folder, place)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)

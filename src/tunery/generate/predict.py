@@ -126,7 +126,8 @@ def question(example: Example, generator: HFGenerator) -> Question | Refused:
     messages = list(example.messages)
     label = None
     if messages and messages[-1].role == "assistant":
-        label = message_text(messages.pop())
+        last = message_text(messages.pop())
+        label = None if example.label is False else last  # a thumb down: an answer not to be compared with
     if not messages:
         return Refused("no question", "nothing comes before the answer")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -214,7 +215,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     from peft.utils import get_peft_model_state_dict, load_peft_weights
 
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what fits and what does not is found out below, exactly
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ModelError(f"{folder}: this adapter does not fit the base model: {_short(error)}") from error
     saved = set(load_peft_weights(str(folder), device="cpu"))
