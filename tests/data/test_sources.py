@@ -66,6 +66,8 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
         locate(Source(path=path, split="train"))
     with pytest.raises(ConfigError, match="subset is for hub data sets"):
         locate(Source(path=path, subset="en"))
+    with pytest.raises(ConfigError, match="revision is for hub data sets"):
+        locate(Source(path=path, revision="main"))
     with pytest.raises(ConfigError, match=r"data.train\[0\].tags.role_tag: format alpaca does not know .*it has none"):
         read(Source(path=path, tags={"role_tag": "who"}), key="data.train[0]")
 

@@ -184,7 +184,7 @@ class DataReport:
             table.add_row(Text(side + source.path), source.format, *[f"{numbers[i]:,}" for i in kept])
         console.print(table)
         for line in self.lines():
-            console.print(Text(line), highlight=False)
+            console.print(Text(line), highlight=False, soft_wrap=True)
 
     def lines(self) -> list[str]:
         """What `print` says below its table."""

@@ -29,6 +29,7 @@ class Source(Config):
     samples: int | None = Field(None, gt=0, description="use only the first n rows")
     split: str | None = Field(None, description="split of a hub data set, or of a folder with train and test files")
     subset: str | None = Field(None, description="configuration (subset) of a hub data set")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub data set")
     documents: Literal["line", "paragraph", "file"] = Field(
         "line", description="what one document of a txt file is (paragraph: up to a blank line)"
     )
@@ -102,8 +103,9 @@ _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 
 def local_files(path: Path, source: Source, key: str) -> tuple[Path, ...]:
     """The data files of a path: itself, or all that a folder holds, sorted. Raises where a folder mixes splits."""
-    if source.subset is not None:
-        raise ConfigError(f"{key}.subset: {path} is on this machine; subset is for hub data sets")
+    for name, value in (("subset", source.subset), ("revision", source.revision)):
+        if value is not None:
+            raise ConfigError(f"{key}.{name}: {path} is on this machine; {name} is for hub data sets")
     if path.is_file():
         if source.split is not None:
             raise ConfigError(f"{key}.split: {path} is a file; split is for hub data sets and folders")
@@ -173,6 +175,7 @@ def load_hub(located: Located, streaming: bool = False) -> tuple[Any, str]:
             name=source.subset,
             split=source.split,  # pyright: ignore[reportArgumentType]
             data_dir=located.hub_folder,
+            revision=source.revision,
             streaming=streaming,  # pyright: ignore[reportArgumentType]
         )
     except Exception as error:  # the library raises dozens of kinds, all of them about this name

@@ -65,7 +65,8 @@ def read_flag(row: Mapping[str, Any], column: str) -> bool | None:
     value = row.get(column)
     if value is None or isinstance(value, bool):
         return value
-    raise RowError("wrong type", f"{column!r} is {describe(value)}, expected true or false")
+    hint = "columns: {label: ''} leaves it unread"
+    raise RowError("wrong type", f"{column!r} is {describe(value)}, expected true or false ({hint})")
 
 
 def read_tools(value: Any, column: str = "tools") -> list[dict[str, Any]] | None:
