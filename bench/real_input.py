@@ -74,10 +74,13 @@ def measure(assets: Path, rows: int, only: str) -> list[dict[str, Any]]:
                     evals = [json.loads(line)["eval_loss"] for line in log if "eval_loss" in line]
                 results.append(
                     {
-                        "model": model, "data": data, "method": method, "before": evals[0],
-                        "after": metrics["eval_loss"], "steps": metrics["total_steps"] if "total_steps" in metrics
-                        else None, "seconds": round(time.perf_counter() - start, 1),
-                    }  # fmt: skip
+                        "model": model,
+                        "data": data,
+                        "method": method,
+                        "before": evals[0],
+                        "after": metrics["eval_loss"],
+                        "seconds": round(time.perf_counter() - start, 1),
+                    }
                 )
                 print(results[-1], flush=True)
     return results

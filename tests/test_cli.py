@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_runs import tiny_job, write_rows
 
+from tiny_runs import tiny_job, write_rows
 from tunery.setup import write_config
 
 

@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_cli import tunery
 
+from test_cli import tunery
 from tunery.config import read_config
 from tunery.models.load import resolve_name
 

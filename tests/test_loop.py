@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import losses, tiny_job
 
+from tiny_runs import losses, tiny_job
 from tunery.errors import ConfigError, NonFiniteError
 from tunery.loop import run_job
 

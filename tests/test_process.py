@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import losses, tiny_job
 
+from tiny_runs import losses, tiny_job
 from tunery.checkpoint import list_checkpoints
 from tunery.setup import write_config
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from assets_path import assets
 
+from assets_path import assets
 from tunery.engine import Engine
 from tunery.job import load_job
 from tunery.loop import run_job
@@ -51,7 +51,7 @@ def trainer_losses(job, folder: Path) -> list[float]:
 
     engine = Engine(job.model.dtype)
     job = resolve(job, engine)
-    tokenizer, _, _, data = read_data(job)
+    _, _, _, data = read_data(job)
     loader = Loader(data.train, batch_size=8, seed=3, shuffle=True, how=Cut(512))
     order = [row for step in range(2 * loader.steps_per_epoch) for row in loader.rows(step)]
     from tunery.config import build

@@ -12,7 +12,7 @@ import torch
 from tunery.job import Job, load_job
 from tunery.models.load import resolve_name
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> Path:
@@ -53,7 +53,7 @@ def tiny_job(folder: Path, **changes: Any) -> Job:
         write_rows(folder / "eval.jsonl", 6, start=1000)
     values: dict[str, Any] = {
         "model": {"name": str(folder / "model"), "dtype": "float64"},
-        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "cache": False, "workers": 1},
+        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "cache": False},
         "adapter": {"kind": "lora", "rank": 4},
         "optimizer": {"lr": 1e-2},
         "train": {"epochs": 2, "batch_size": 8, "log_every": 1, "seed": 5},

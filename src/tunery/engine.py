@@ -45,7 +45,7 @@ class Engine:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         state = PartialState(cpu=not torch.cuda.is_available())
-        self.device: torch.device = state.device
+        self.device = torch.device(state.device or "cpu")
         self.rank: int = state.process_index
         self.world: int = state.num_processes
         self.is_main = self.rank == 0

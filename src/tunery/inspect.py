@@ -24,7 +24,7 @@ def inspect(job: Job, console: Any, rows: int = 2, seed: int = 0) -> None:
     tokenizer, template, _, data = read_data(job, console)
     data.report.print(console)
     if not isinstance(data.train, TokenStore):
-        raise ConfigError("data.streaming: inspect looks at data in memory; set it to false (and samples, if it is large)")
+        raise ConfigError("data.streaming: inspect looks at data in memory; set it to false (and samples, if need be)")
     store = data.train
     chosen = np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False)
     for number in chosen:
@@ -40,7 +40,8 @@ def inspect(job: Job, console: Any, rows: int = 2, seed: int = 0) -> None:
                 console.print(Text("trained: ", "bold") + Text(repr(text), TRAINED), highlight=False)
     console.print()
     source = template.source or "(plain text, no chat template)"
-    console.print(Text(f"template {template.name}: {len(source)} characters; answers end with ") + ends(template, tokenizer))
+    about = Text(f"template {template.name}: {len(source)} characters; answers end with ")
+    console.print(about + ends(template, tokenizer))
     console.print(Text("tokens per example", "bold"))
     for line in histogram(store.lengths):
         console.print(line, highlight=False)

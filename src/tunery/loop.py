@@ -259,10 +259,10 @@ def _interruptible() -> Iterator[list[int]]:
 def _make_report(run: Run, console: Any) -> Report | NullReport:
     if not run.engine.is_main:
         return NullReport()
-    job, lengths = run.job, getattr(run.data.train, "lengths", None)
-    cost = None
-    if lengths is not None and len(lengths):
-        labelled = float(run.data.train.labelled.sum() / lengths.sum())
+    job, train, cost = run.job, run.data.train, None
+    if isinstance(train, TokenStore):
+        lengths = train.lengths
+        labelled = float(train.labelled.sum() / lengths.sum())
         cost = flops_per_token(
             cost_of(run.model), labelled=labelled, mean_length=float((lengths**2).sum() / lengths.sum())
         )

@@ -29,7 +29,7 @@ class CausalPolicy:
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype = torch.float32, neftune: float | None = None):
         self.model = model
-        self.causal = unwrap(model)
+        self.causal: Any = unwrap(model)
         self.dtype = dtype
         self.neftune = neftune
         self.notes: list[str] = []

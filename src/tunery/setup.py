@@ -196,7 +196,8 @@ def load_start(job: Job, adapter: Any, resume: Path | None, engine: Engine) -> t
     """The model with its trainable parameters, from the base, from `model.init_from`, or from a checkpoint; and the
     dtype its base was stored in."""
     source, start = job.model, Path(job.model.init_from) if job.model.init_from else None
-    stored = load_config(source).dtype or torch.float32
+    stored = load_config(source).dtype
+    stored = stored if isinstance(stored, torch.dtype) else torch.float32
     dtype = engine.dtype
     start_adapter = start is not None and (start / "adapter_config.json").is_file()
     if resume is not None and adapter.whole:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tunery.config import KindConfig
 from tunery.errors import ConfigError
-from tunery.models.parts import layer_list, load_whole, to_master
+from tunery.models.parts import layer_list, load_whole, save_whole, to_master
 
 
 class Config(KindConfig):
@@ -63,7 +63,7 @@ class Adapter:
 
     def save(self, model: Any, folder: Path, base: str) -> None:
         """A Hugging Face model folder, parameters as they train."""
-        model.save_pretrained(folder)
+        save_whole(model, folder)
 
     def load(self, model: Any, folder: Path) -> None:
         """Put the weights of a checkpoint of this run into the model."""
@@ -71,6 +71,4 @@ class Adapter:
 
     def finish(self, model: Any, folder: Path, base: str, dtype: torch.dtype) -> None:
         """What the run leaves behind: the model in the dtype its base was stored in."""
-        for parameter in model.parameters():  # not model.to: rotary frequencies stay float32
-            parameter.data = parameter.data.to(dtype)
-        model.save_pretrained(folder)
+        save_whole(model, folder, dtype)

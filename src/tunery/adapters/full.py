@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tunery.config import KindConfig
-from tunery.models.parts import load_whole, to_master
+from tunery.models.parts import load_whole, save_whole, to_master
 
 
 class Config(KindConfig):
@@ -37,7 +37,7 @@ class Adapter:
 
     def save(self, model: Any, folder: Path, base: str) -> None:
         """A Hugging Face model folder, parameters as they train."""
-        model.save_pretrained(folder)
+        save_whole(model, folder)
 
     def load(self, model: Any, folder: Path) -> None:
         """Put the weights of a checkpoint of this run into the model."""
@@ -45,6 +45,4 @@ class Adapter:
 
     def finish(self, model: Any, folder: Path, base: str, dtype: torch.dtype) -> None:
         """What the run leaves behind: the model in the dtype its base was stored in."""
-        for parameter in model.parameters():  # not model.to: rotary frequencies stay float32
-            parameter.data = parameter.data.to(dtype)
-        model.save_pretrained(folder)
+        save_whole(model, folder, dtype)

@@ -120,7 +120,7 @@ def hook_attention(model: PreTrainedModel) -> bool:
 
     if getattr(model.config.get_text_config(), "attention_chunk_size", None):
         return False
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "eager"
     model.set_attn_implementation(attention.register())
     if model.config._attn_implementation == attention.NAME:
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,14 @@ from tunery.errors import ModelError
 class Parts:
     """`causal` is the transformers model (inside a PEFT wrapper, if any); logits = cap(scale * head(backbone))."""
 
-    causal: nn.Module
+    causal: Any
     backbone: nn.Module
     head: nn.Module
     scale: float
     softcap: float | None
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if get_base_model is not None else model
@@ -62,6 +63,15 @@ def to_master(parameter: nn.Parameter) -> None:
     """Let a parameter train, in float32 at least: a step of 1e-5 is lost in bfloat16's 8 bits."""
     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     parameter.requires_grad_(True)
+
+
+def save_whole(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """A Hugging Face model folder: parameters as they are, or (changing the model) in `dtype`. Not by `model.to`, which
+    would round the rotary frequencies, float32 in any model, as well."""
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(folder)
 
 
 def load_whole(model: nn.Module, folder: Path) -> None:
