@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from assets_path import assets
 from tunery.config import kinds
+from tunery.data.examples import check_example
 from tunery.data.formats import RowError, alpaca, detect_format, load_format, openai, read_tools, sharegpt, text
 from tunery.errors import ConfigError
-from tunery.types import Example, Message, ToolCall
+from tunery.types import ROLES, Example, Message, ToolCall
 
 WEATHER = {"name": "weather", "description": "Weather of a town", "parameters": {"type": "object"}}
 
@@ -357,3 +360,39 @@ def test_real_files_parse_to_the_last_row(file: str, name: str, rows: int):
     parsed = list(read_examples(locate(Source(path=str(assets() / "datasets" / file))), report))
     assert report.format == name and len(parsed) == rows
     assert all(isinstance(example, Example) for _, _, example in parsed)
+
+
+KEYS = "role content from value weight type text function name arguments tool_calls function_call id".split()  # noqa: SIM905
+FIELDS = "content value weight tool_calls function_call name tool_call_id reasoning_content".split()  # noqa: SIM905
+PLAIN = st.sampled_from([None, True, False, 2, -1.5, float("nan"), "", "a", "{}", "[1]"])
+VALUES = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=8,
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]), "from": st.sampled_from(["human", "function_call"])},
+    optional=dict.fromkeys(FIELDS, VALUES),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_no_row_makes_a_format_crash(data):
+    """Oracle: the contract. Any JSON gives an Example whose texts are text, or a RowError."""
+    module = data.draw(st.sampled_from([alpaca, sharegpt, openai, text]))
+    names = [name for usual in module.COLUMNS.values() for name in usual]
+    row = data.draw(st.dictionaries(st.sampled_from([*names, "input", "preferred_output"]), VALUES, max_size=5))
+    if "messages" in module.COLUMNS:
+        row[module.COLUMNS["messages"][0]] = data.draw(st.lists(TURN, max_size=3))
+    module.detect(row)
+    try:
+        example = module.parse(row, {}, {})
+    except RowError as error:
+        assert error.reason
+        return
+    for message in [*example.messages, *(example.rejected or [])]:
+        assert message.role in ROLES and isinstance(message.content, str)
+        for value in (message.name, message.tool_call_id, message.reasoning):
+            assert value is None or isinstance(value, str)
+    check_example(example) if example.messages or example.text else None

@@ -27,7 +27,7 @@ from tunery.data.formats import (
     read_tools,
     shared_prefix,
 )
-from tunery.types import Example, Message
+from tunery.types import Example, Message, ToolCall
 
 COLUMNS = {
     "messages": ("messages", "conversations", "conversation"),
@@ -135,7 +135,7 @@ def _message(item: Any, media: list[Any]) -> Message:
         raise RowError("unknown role", f"{given!r} (known: {', '.join(ROLES)})")
     content = item.get("content")
     reasoning = item.get("reasoning_content") or item.get("reasoning") or item.get("thinking")
-    calls = [read_call(call) for call in item.get("tool_calls") or ()]
+    calls = _calls(item.get("tool_calls"))
     if isinstance(item.get("function_call"), dict):
         calls.append(read_call(item["function_call"]))
     if isinstance(content, list):
@@ -145,8 +145,9 @@ def _message(item: Any, media: list[Any]) -> Message:
         content = ""
     if not isinstance(content, str):
         raise RowError("wrong type", f"the content of a message ({given}) is {describe(content)}, expected text")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise RowError("wrong type", f"the reasoning of a message is {describe(reasoning)}, expected text")
+    for what, value in (("reasoning", reasoning), *((key, item.get(key)) for key in ("tool_call_id", "name"))):
+        if value is not None and not isinstance(value, str):
+            raise RowError("wrong type", f"the {what} of a message is {describe(value)}, expected text")
     return Message(
         role,
         content,
@@ -156,6 +157,15 @@ def _message(item: Any, media: list[Any]) -> Message:
         name=item.get("name"),
         reasoning=reasoning,
     )
+
+
+def _calls(value: Any) -> list[ToolCall]:
+    """The calls of a message: a list, or JSON text of one."""
+    if isinstance(value, str):
+        return list(read_calls(value)) if value.strip() else []
+    if value is not None and not isinstance(value, list):
+        raise RowError("bad tool call", f"tool_calls is {describe(value)}, expected a list")
+    return [read_call(call) for call in value or ()]
 
 
 def _weight(item: Mapping[str, Any]) -> float | None:
