@@ -376,7 +376,7 @@ TURN = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_no_row_makes_a_format_crash(data):
     """Oracle: the contract. Any JSON gives an Example whose texts are text, or a RowError."""
