@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tiny_model import TEMPLATE, byte_tokenizer, random_llama, save
+from tunery.data.template import load_template
 from tunery.errors import ModelError
 from tunery.export import merge as module
 from tunery.export.merge import export
@@ -64,6 +65,13 @@ def test_merged_folder_loads_in_transformers(run, base, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
     modes = {path.stat().st_mode & 0o666 for path in [out, *out.iterdir()]}
     assert modes == {tmp_path.joinpath("new").stat().st_mode & 0o666}  # as readable as anything else made here
+
+
+def test_a_template_named_for_the_export_is_the_one_saved(run, tmp_path):
+    for adapter_only, out in ((False, tmp_path / "merged"), (True, tmp_path / "adapter")):
+        export(run, out, adapter_only=adapter_only, template="chatml")
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        assert tokenizer.chat_template == load_template("chatml", tokenizer).source != TEMPLATE
 
 
 def test_adapter_alone_loads_in_peft(run, base, tmp_path):
