@@ -17,6 +17,7 @@ from pathlib import Path
 from tunery.config import build, validate
 from tunery.data.dataset import DataConfig, prepare
 from tunery.data.loader import Cut, Loader
+from tunery.data.store import TokenStore
 from tunery.data.template import load_template
 from tunery.job import Job
 from tunery.models.load import ModelConfig, load_tokenizer
@@ -35,6 +36,7 @@ def measure(data: DataConfig, tokenizer: str) -> str:
     started, own, others = time.perf_counter(), cpu(resource.RUSAGE_SELF), cpu(resource.RUSAGE_CHILDREN)
     prepared = prepare(data, template, objective, seed=0)
     stored = time.perf_counter() - started
+    assert isinstance(prepared.train, TokenStore)
     loader = Loader(prepared.train, batch_size=len(prepared.train), seed=0, shuffle=True, how=Cut(16384))
     step = loader.step(0)
     wall = time.perf_counter() - started

@@ -82,6 +82,7 @@ def test_broken_lines_are_refused_with_their_line_number_and_the_others_are_read
     reasons = [row.reason for _, row in rows if isinstance(row, Refused)]
     assert reasons == ["not JSON", "not an object", "not an object", "not an object"]
     details = [row.detail for _, row in rows if isinstance(row, Refused)]
+    assert details[0] == "Expecting value at column 7"
     assert details[1:] == ["the row is a list", "the row is text", "the row is null"]
 
 

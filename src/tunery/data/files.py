@@ -102,7 +102,10 @@ def _json_lines(path: Path) -> Rows:
                 continue
             try:
                 value = json.loads(text)
-            except (ValueError, RecursionError) as error:
+            except json.JSONDecodeError as error:
+                yield number, Refused("not JSON", f"{error.msg} at column {error.colno}")
+                continue
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
                 yield number, Refused("not JSON", str(error))
                 continue
             yield number, _row(value)
