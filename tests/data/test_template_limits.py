@@ -8,6 +8,8 @@ import random
 import numpy as np
 import pytest
 from template_cases import TOOLS, conversation, small_tokenizer, spans
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tunery.data.template import load_template
 from tunery.errors import ConfigError, DataError, TemplateError
@@ -286,6 +288,28 @@ def test_several_templates_of_one_tokenizer():
     with pytest.raises(TemplateError, match="other, rag"):
         load_template("auto", tok)
     tok.chat_template = None
+
+
+def test_an_answer_that_merges_with_the_prompt_where_a_space_is_put_before_every_text(tmp_path):
+    # Like Llama 2's original settings: a space before each piece of text, also after a special token.
+    letters = [*"abcdefghijklmnopqrstuvwxyz:\n", "▁"]
+    vocab = {piece: i for i, piece in enumerate(["<U>", "<A>", "</s>", *letters, "\n\n", "▁a"])}
+    backend = Tokenizer(models.BPE(vocab, [("\n", "\n"), ("▁", "a")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", additional_special_tokens=["<U>", "<A>"])
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ '<U>' if m.role == 'user' else '<A>:\n' }}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<A>:\n{% endif %}",
+        encoding="utf-8",
+    )
+    made = load_template(str(path), tok)
+    for answer, pieces in (("\nab", ["\n", "a", "b"]), ("b", ["b"]), ("ab", ["a", "b"])):
+        (tokens,) = made.encode([Message("user", "q"), Message("assistant", answer)])
+        prompt = made.prompt([Message("user", "q")])
+        assert tokens.ids[: len(prompt)].tolist() == prompt
+        assert tok.convert_ids_to_tokens(spans(tokens)[0]) == [*pieces, "</s>"]
 
 
 # ---------------------------------------------------------------- plain text

@@ -23,6 +23,7 @@ def _spec():
 def _with_merges_to_end_of_sequence():
     """A byte-level tokenizer whose own merges make </s> out of its letters, as some converted vocabularies do."""
     spec = _spec()
+    spec["pre_tokenizer"] = spec["pre_tokenizer"]["pretokenizers"][1]  # no words: merges go across punctuation
     vocab = spec["model"]["vocab"]
     spec["model"]["merges"] = [["<", "/"], ["s", ">"], ["</", "s>"], *spec["model"]["merges"]]
     for piece in ("</", "s>", "</s>"):
@@ -51,6 +52,9 @@ def test_letters_that_would_merge_into_a_control_token():
     eos = backend.token_to_id("</s>")
     assert backend.encode("a</s>b", add_special_tokens=False).ids.count(eos) == 1
     shadow = Shadow(backend, {"</s>": eos})
+    spec = json.loads(backend.to_str())
+    spec["added_tokens"] = []
+    assert eos in Tokenizer.from_str(json.dumps(spec)).encode("a</s>b").ids  # so it is not enough to drop the token
     for text in ("a</s>b", "</s>", "你</s>好"):
         plain, marked = shadow.encode([text, text + renamed("</s>")])
         assert eos not in plain

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from template_cases import TEXTS, small_tokenizer, tokenizer
+from tokenizers import Tokenizer
 
-from tunery.data.words import word_encoder
+from tunery.data.words import WordEncoder, word_encoder
 
 ASCII = [chr(i) for i in range(128)]
 TRICKY = " \n\t\r'sSlLdDrRvVeEmM9.a_</|>"
@@ -36,6 +38,16 @@ def test_equals_a_small_tokenizer_on_any_ascii(text):
     assert encoder is not None
     for shown in (text, f"<a>{text}<a>b"):
         assert encoder.encode(shown) == backend.encode(shown, add_special_tokens=False).ids
+
+
+def test_a_pattern_that_leaves_letters_out():
+    spec = json.loads(small_tokenizer().backend_tokenizer.to_str())
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r" ?\p{L}+|\s+"}
+    backend = Tokenizer.from_str(json.dumps(spec))
+    assert word_encoder(backend) is None  # the probes have digits, which no word holds
+    encoder = WordEncoder(backend, " ?[a-zA-Z]+|[ ]+")
+    assert encoder.encode("one two") == backend.encode("one two").ids
+    assert encoder.encode("one 2") is None
 
 
 @pytest.mark.parametrize("name", ["phi-3-mini", "stories260K", "llama2"])

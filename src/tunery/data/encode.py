@@ -102,10 +102,11 @@ class Encoder:
 
     def _continuation(self, turn: Turn, whole: list[int], prompt: list[int], shadow: bool) -> list[int]:
         """Tokens of the text after the prompt. A tokenizer may put a space before text that stands alone, so it is
-        tried after a control token, alone, and after a line break; the one that decodes to the same text is right."""
+        tried after a control token, alone, and after letters it may not merge with; the first that leaves those alone
+        and decodes to the same text is right."""
         rest = turn.upto[len(turn.prompt) :]
         place = self.codec.last_control(turn.prompt, shadow)
-        anchors = ([place.group()] if place else []) + ["", "\n"]
+        anchors = ([place.group()] if place else []) + ["", "\n", "a", "1"]
         text = self.codec.decode(whole)
         for anchor in anchors:
             head, both = self.codec.encode([anchor, anchor + rest], shadow)
