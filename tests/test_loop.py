@@ -164,6 +164,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_can_be_replayed(t
 def test_streaming_needs_steps_and_trains(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.max_steps"):
         run_job(tiny_job(tmp_path, data={"streaming": True}))
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(rows.read_text() + '{"messages": [{"role": "user", "content": "no answer"}]}\n')
     job = tiny_job(tmp_path, data={"streaming": True}, train={"max_steps": 4, "save_every": 2})
     run_job(job)
     whole = losses(job.output)
@@ -171,3 +173,11 @@ def test_streaming_needs_steps_and_trains(tmp_path):
     (Path(job.output) / "all_results.json").unlink()
     run_job(job)
     assert losses(job.output) == whole and len(whole) == 4
+    in_order = tiny_job(
+        tmp_path, data={"streaming": True}, train={"max_steps": 1, "shuffle": False}, output=str(tmp_path / "in_order")
+    )
+    run_job(in_order)
+    listed = tiny_job(tmp_path, train={"max_steps": 1, "shuffle": False}, output=str(tmp_path / "listed"))
+    run_job(listed)
+    assert losses(in_order.output) == losses(listed.output)
+    assert "no assistant turn" in (Path(job.output) / "data_refused.jsonl").read_text()

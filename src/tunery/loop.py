@@ -28,6 +28,7 @@ from tunery.models.target import load_adapter
 from tunery.report import NullReport, Report
 from tunery.schedule import factor
 from tunery.setup import (
+    REFUSED,
     Run,
     base_name,
     data_counts,
@@ -210,6 +211,8 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
         run.adapter.load(run.model, run.output / f"checkpoint-{final}")
         report.note(f"the run ends with the weights of step {final}, where the evaluation loss was lowest")
     if run.engine.is_main:
+        if not isinstance(run.data.train, TokenStore):  # of a stream they are known only now
+            run.data.train.report.write_refused(run.output / REFUSED)
         run.adapter.finish(run.model, run.output, base_name(run.job.model), run.base_dtype)
         save_tokenizer(run, run.output)
         if run.adapter.changes_base:

@@ -28,7 +28,7 @@ from tunery.policy import CausalPolicy
 from tunery.trackers import require
 from tunery.types import Objective
 
-CONFIG = "tunery.yaml"
+CONFIG, REFUSED = "tunery.yaml", "data_refused.jsonl"
 # What may change between a run and its resume without changing the result.
 FREE = {"output", "report", "train.resume", "train.log_every", "train.save_every", "train.keep", "train.micro_tokens",
         "train.checkpointing", "train.packing", "data.workers", "data.cache", "eval.generate",
@@ -266,6 +266,8 @@ def read_data(job: Job, console: Any = None) -> tuple[Any, ChatTemplate, Objecti
     data = job.data
     if not data.train:
         raise ConfigError("data.train: is required: a path, or a list of paths")
+    if data.streaming and not job.train.shuffle:
+        data = data.model_copy(update={"shuffle_buffer": 1})
     tokenizer, template = read_template(job)
     objective = build("objectives", job.objective)
     prepared = prepare(
@@ -284,7 +286,7 @@ def set_up(job: Job, engine: Engine, console: Any = None) -> Run:
     tokenizer, template, objective, data = read_data(job, console)
     if engine.is_main:
         write_config(job, output)
-        data.report.write_refused(output / "data_refused.jsonl")
+        data.report.write_refused(output / REFUSED)
     adapter = build("adapters", job.adapter)
     model, base_dtype = load_start(job, adapter, resume, engine)
     engine.same_weights(p for p in model.parameters() if p.requires_grad)
