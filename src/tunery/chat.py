@@ -125,7 +125,8 @@ def converse(talk: Chat, source: TextIO, out: TextIO, name: str) -> None:
         except TuneryError as error:
             if not terminal:
                 raise
-            print(f"error: {error}", file=notes, flush=True)
+            hint = " (/reset forgets the conversation)" if talk.turns else ""
+            print(f"error: {error}{hint}", file=notes, flush=True)
 
 
 def _answer(talk: Chat, question: str, out: TextIO) -> None:

@@ -15,8 +15,12 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from assets_path import assets
@@ -120,9 +124,10 @@ def test_batched_real_model_equals_one_by_one():
         assert alone.ids == together[i].ids
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral", "qwen3_next", "mamba"])
 def test_other_families_equal_the_library(family):
-    """Learned positions; soft-capped scores with windows in every other layer; a window shorter than the text."""
+    """Learned positions; soft-capped scores with windows in every other layer; a window shorter than the text; layers
+    with a state instead of keys and values between such with them; and a family without such a cache at all."""
     torch.manual_seed(1)
     sizes = {"vocab_size": 264, "initializer_range": 0.4, "bos_token_id": 1, "eos_token_id": 256, "pad_token_id": 0}
     llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -132,10 +137,18 @@ def test_other_families_equal_the_library(family):
     elif family == "gemma2":
         model = Gemma2ForCausalLM(Gemma2Config(attn_logit_softcapping=2.0, query_pre_attn_scalar=8, **llama))
         model.set_attn_implementation("eager")  # the one that caps
+    elif family == "qwen3_next":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+        more = {"shared_expert_intermediate_size": 16, "linear_value_head_dim": 8, "num_hidden_layers": 4}
+        model = Qwen3NextForCausalLM(Qwen3NextConfig(**{**llama, **experts, **linear, **more}))
+    elif family == "mamba":
+        model = MambaForCausalLM(MambaConfig(hidden_size=32, state_size=8, num_hidden_layers=2, **sizes))
     else:
         model = MistralForCausalLM(MistralConfig(**llama))
     model.eval()
     generator = HFGenerator(model, byte_tokenizer(), chat_template())
+    assert generator.cached is (family != "mamba")
     expected = [library_ids(model, p, sorted(generator.end_ids), 24) for p in generator.prompts(asked(*PROMPTS))]
     if family == "gemma2" and model._supports_sdpa:  # it leaves the cap out
         model.set_attn_implementation("sdpa")

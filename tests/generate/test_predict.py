@@ -74,7 +74,7 @@ def test_rows_in_order_with_scores(model, data, tmp_path, capfd):
 
 
 class Killed(BaseException):
-    pass
+    """Any sudden end: nothing in the code catches it."""
 
 
 def interrupted(monkeypatch, after):

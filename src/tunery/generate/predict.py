@@ -78,12 +78,16 @@ def predict(
     answers = _begin(partial, settings, resume)
     missing = [i for i in range(len(questions)) if i not in answers]
     requests = [Request(ids=questions[i].ids, number=i) for i in missing]
-    with partial.open("a", encoding="utf-8") as file:
-        for completion in _shown(generator.generate(requests, sampling), len(questions), len(answers), console):
-            answer = {"predict": answer_text(completion), "finish": completion.finish}
-            answers[completion.index] = answer
-            file.write(json_line({"index": completion.index, **answer}))
-            file.flush()
+    try:
+        with partial.open("a", encoding="utf-8") as file:
+            for completion in _shown(generator.generate(requests, sampling), len(questions), len(answers), console):
+                answer = {"predict": answer_text(completion), "finish": completion.finish}
+                answers[completion.index] = answer
+                file.write(json_line({"index": completion.index, **answer}))
+                file.flush()
+    except KeyboardInterrupt:
+        console.print(f"stopped: {len(answers)} of {len(questions)} rows are answered; the same command goes on")
+        raise
     ordered = [answers[i] for i in range(len(questions))]
     write_text(out, "".join(json_line(row) for row in _rows(questions, ordered, loaded.tokenizer)))
     labelled = [(a["predict"], q.label) for q, a in zip(questions, ordered, strict=True) if q.label is not None]
