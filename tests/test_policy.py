@@ -82,6 +82,19 @@ def test_a_model_that_does_more_than_its_parts_goes_through_its_own_head():
     torch.testing.assert_close(-(policy.logps(batch) * batch.weights_T).sum(), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_model_whose_attention_sees_the_neighbour_is_caught(family, dtype):
+    """The library's attention over the whole stream, deaf to the boundaries that are passed along."""
+    model = tiny_model(family, dtype, hook=False)
+    model.config._attn_implementation = "eager"
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "position_ids"}), with_kwargs=True
+    )
+    assert not CausalPolicy(model, dtype=dtype).packs
+    assert CausalPolicy(tiny_model(family, dtype), dtype=dtype).packs
+
+
 def test_neftune_noise_has_the_papers_size_and_stays_out_of_evaluation():
     """Uniform in +-alpha / sqrt(L d), L the length of each sequence (arXiv:2310.05914)."""
     model = tiny_model()
