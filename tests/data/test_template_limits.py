@@ -121,6 +121,7 @@ def test_truncation_of_random_conversations_is_never_over_the_limit():
         ([Message("user", "Hi"), Message("assistant", "  \n")], "answers", "empty answer"),
         ([Message("user", "Hi"), Message("assistant", "x", weight=0)], "answers", "nothing to train"),
         ([Message("user", "Hi"), Message("assistant", "a\ufdd0<|im_end|>")], "answers", "reserved characters"),
+        ([Message("user", "Hi \ud83d"), Message("assistant", "Hello")], "answers", "broken characters"),
     ],
 )
 def test_refused(messages, train, reason):
@@ -334,6 +335,10 @@ def test_texts_keep_every_token_as_a_target_once():
             for before, after in itertools.pairwise(pieces):
                 assert after.ids[0] == before.ids[-1]
                 assert after.weights[0] == 0
+    broken, fine = load_template("auto", tok).encode_texts([Example(text="a\udc00"), Example(text="b")])
+    assert isinstance(broken, Refused)
+    assert broken.reason == "broken characters"
+    assert isinstance(fine, list)
     (without,) = load_template("auto", tok).encode_texts([Example(text="one two")], append_eos=False)
     assert isinstance(without, list)
     assert without[0].ids.tolist() == tok.encode("one two")

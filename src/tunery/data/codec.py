@@ -75,7 +75,7 @@ class Codec:
             return self._shadow.encode(texts)
         if self._words is None:
             return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        result = [self._words.encode(text) if text.isascii() else None for text in texts]
+        result = [self._words.encode(text) for text in texts]
         others = [i for i, ids in enumerate(result) if ids is None]
         if others:
             encodings = self.backend.encode_batch_fast([texts[i] for i in others], add_special_tokens=False)

@@ -99,9 +99,11 @@ class Renderer:
         try:
             # What `compiled.render(**given)` does, without copying every global into each new context.
             context = compiled.new_context({**self._names, **given}, shared=True)
-            return "".join(compiled.root_render_func(context))
+            text = "".join(compiled.root_render_func(context))
         except Exception as error:
             raise refusal(error) from error
+        check_text(text)
+        return text
 
     @cached_property
     def _names(self) -> dict[str, Any]:
@@ -123,6 +125,16 @@ class Renderer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "variables": self.variables}
+
+
+def check_text(text: str) -> None:
+    """Raises RowRefused for half a surrogate pair, which JSON files can hold and no tokenizer can encode."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            place = text[max(0, error.start - 20) : error.start]
+            raise RowRefused("broken characters", f"half a surrogate pair after {place!r}") from error
 
 
 def refusal(error: Exception) -> RowRefused:

@@ -27,7 +27,7 @@ from tunery.data.codec import Codec
 from tunery.data.drafts import Draft, Drafter
 from tunery.data.encode import Encoder
 from tunery.data.parse import parse_answer
-from tunery.data.render import Renderer, RowRefused
+from tunery.data.render import Renderer, RowRefused, check_text
 from tunery.data.truncate import shorten
 from tunery.errors import ConfigError, DataError, TemplateError
 from tunery.types import Example, Message, Refused, Tokens
@@ -305,12 +305,19 @@ class ChatTemplate:
 
     def encode_texts(self, examples: Sequence[Example], append_eos: bool = True) -> list[list[Tokens] | Refused]:
         """Raw text, every token trained. A document longer than max_length becomes consecutive sequences; each later
-        one begins with the token before it, untrained, so that every token of the document is a target once."""
-        encoded = self._codec.encode_documents([example.text or "" for example in examples])
-        return [
-            self._document(ids, append_eos) if example.text else Refused("empty text")
-            for example, ids in zip(examples, encoded, strict=True)
-        ]
+        one begins with the token before it, untrained, so that every token of the document is a target once. Special
+        tokens written in the text are special tokens: that is how corpora mark the ends of documents."""
+        results: list[list[Tokens] | Refused] = []
+        for example in examples:
+            try:
+                check_text(example.text or "")
+                results.append(Refused("empty text") if not example.text else [])
+            except RowRefused as refused:
+                results.append(refused.refused)
+        usable = [i for i, result in enumerate(results) if not isinstance(result, Refused)]
+        for i, ids in zip(usable, self._codec.encode_documents([examples[i].text or "" for i in usable]), strict=True):
+            results[i] = self._document(ids, append_eos)
+        return results
 
     def _document(self, ids_list: list[int], append_eos: bool) -> list[Tokens]:
         eos = self.tokenizer.eos_token_id

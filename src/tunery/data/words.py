@@ -2,8 +2,9 @@
 
 Such a tokenizer cuts text into words by a regular expression and encodes every word by itself, so the tokens of a word
 never depend on its neighbours. Natural text repeats its words: after the first few thousand, encoding is a dictionary
-look-up per word, several times faster than running the whole tokenizer. Only ASCII texts take the short cut, where the
-character classes of two regular expression engines cannot differ; all others go to the tokenizer itself."""
+look-up per word, several times faster than running the whole tokenizer. Only texts of ASCII, Latin-1 letters and common
+punctuation take the short cut: there the character classes of two regular expression engines cannot differ, and
+Unicode normalisation (NFC) changes nothing. All others go to the tokenizer itself."""
 
 from __future__ import annotations
 
@@ -16,17 +17,16 @@ from tokenizers import Tokenizer, models
 
 # The pattern that ByteLevel(use_regex=True) stands for (GPT-2's).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_ASCII_CLASSES = {
-    "L": "a-zA-Z",
+# Unicode's classes among the letters of PLAIN.
+_CLASSES = {
+    "L": "a-zA-ZÀ-ÖØ-öø-ÿ",
+    "Lu": "A-ZÀ-ÖØ-Þ",
+    "Ll": "a-zß-öø-ÿ",
     "N": "0-9",
-    "Lu": "A-Z",
-    "Ll": "a-z",
-    "Lt": "",
-    "Lm": "",
-    "Lo": "",
-    "M": "",
     "Nd": "0-9",
+    **dict.fromkeys(("Lt", "Lm", "Lo", "M"), ""),
 }
+PLAIN = re.compile("[\\0-\\x7fÀ-ÖØ-öø-ÿ×÷£¥°±·–—‘’“”…•€→]*")
 _LONGEST_WORD = 64  # characters; longer ones hardly come twice
 _MOST_WORDS = 1_000_000
 # Compared with the tokenizer itself before the short cut is trusted.
@@ -36,6 +36,7 @@ _PROBES = (
     "\n\n\n",
     "a\tb\x0bc\x0cd\x00e\x1cf\x7fg",
     "$3.50/kg (75%) user@example.com #tag ~^`|<>[]",
+    "“Déjà vu” – it’s 20°C… CAFÉ ÀÉÎõü×÷ß £5 • naïve—Ñandú",
 )  # fmt: skip
 
 
@@ -47,14 +48,15 @@ class Words(dict[str, list[int]]):
         self.model = model
 
     def __missing__(self, word: str) -> list[int]:
-        ids = [token.id for token in self.model.tokenize(word.translate(_BYTES))]
+        ids = [token.id for token in self.model.tokenize(word.encode().decode("latin-1").translate(_BYTES))]
         if len(word) <= _LONGEST_WORD and len(self) < _MOST_WORDS:
             self[word] = ids
         return ids
 
 
 class WordEncoder:
-    """Encodes ASCII texts as `backend.encode(text, add_special_tokens=False)` does. Made by `word_encoder`."""
+    """Encodes texts of PLAIN letters as `backend.encode(text, add_special_tokens=False)` does. Made by
+    `word_encoder`."""
 
     def __init__(self, backend: Tokenizer, pattern: str):
         added = backend.get_added_tokens_decoder()
@@ -66,7 +68,9 @@ class WordEncoder:
         self.sections: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int] | None:
-        """Token ids, or None where the words do not make up the whole text."""
+        """Token ids, or None for a text that this cannot encode."""
+        if not (text.isascii() or PLAIN.fullmatch(text)):
+            return None
         ids: list[int] = []
         for i, part in enumerate(self.parts.split(text)):
             if i % 2:
@@ -98,7 +102,7 @@ def word_encoder(backend: Tokenizer) -> WordEncoder | None:
 
 
 def _pattern(backend: Tokenizer) -> str | None:
-    """The regular expression that cuts ASCII text into words, where the tokenizer is byte-level BPE."""
+    """The regular expression that cuts PLAIN text into words, where the tokenizer is byte-level BPE."""
     if not isinstance(backend.model, models.BPE) or backend.model.dropout:
         return None
     if backend.normalizer is not None and _state(backend.normalizer) != {"type": "NFC"}:
@@ -109,26 +113,26 @@ def _pattern(backend: Tokenizer) -> str | None:
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
     if len(steps) == 1 and last.get("use_regex"):
-        return _ascii(_GPT2)
+        return _written_out(_GPT2)
     if len(steps) != 2 or last.get("use_regex") or steps[0].get("type") != "Split":
         return None
     split = steps[0]
     if split.get("behavior") != "Isolated" or split.get("invert") or "Regex" not in split.get("pattern", {}):
         return None
-    return _ascii(split["pattern"]["Regex"])
+    return _written_out(split["pattern"]["Regex"])
 
 
 def _state(part: Any) -> dict[str, Any]:
     return json.loads(part.__getstate__())
 
 
-def _ascii(pattern: str) -> str | None:
-    r"""The pattern with \p{...} classes written out for ASCII; None where one is unknown or left empty."""
+def _written_out(pattern: str) -> str | None:
+    r"""The pattern with \p{...} classes written out for PLAIN text; None where one is unknown or left empty."""
     out = []
     inside = False
     for piece in re.findall(r"\\p\{\w+\}|\\.|.", pattern, flags=re.DOTALL):
         if piece.startswith("\\p"):
-            letters = _ASCII_CLASSES.get(piece[3:-1])
+            letters = _CLASSES.get(piece[3:-1])
             if letters is None or not (letters or inside):
                 return None
             out.append(letters if inside else f"[{letters}]")
@@ -143,9 +147,9 @@ def _ascii(pattern: str) -> str | None:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each ASCII byte in byte-level vocabularies: itself where it is printable."""
+    """The letter that stands for each byte in byte-level vocabularies: itself where that is printable."""
     hidden = [b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255)]
-    return {b: chr(256 + n) for n, b in enumerate(hidden) if b < 128}
+    return {b: chr(256 + n) for n, b in enumerate(hidden)}
 
 
 _BYTES = _byte_letters()
