@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from tunery.errors import TuneryError
+from tunery.files import make_readable
 
 STATE = "tunery_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -57,6 +58,7 @@ def save(
         write_model(temporary)
         torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
         (temporary / STATE).write_text(json.dumps(state, indent=1))
+        make_readable(temporary)
         flush(temporary)
         if final.exists():
             shutil.rmtree(final)

@@ -26,6 +26,16 @@ app = typer.Typer(
 
 Source = Annotated[Path, typer.Argument(help="a YAML or JSON file, ours or LLaMA-Factory's", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", show_default=False)]
+Temperature = Annotated[float, typer.Option(help="0: the likeliest token")]
+TopP = Annotated[float, typer.Option(help="sample among the likeliest that hold this probability")]
+TopK = Annotated[int, typer.Option(help="sample among this many likeliest; 0: all")]
+Penalty = Annotated[float, typer.Option(help="above 1 makes tokens already seen less likely")]
+Longest = Annotated[int, typer.Option(help="longest answer, in tokens")]
+Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; may be given again")]
+Seed = Annotated[int, typer.Option(help="of the sampling")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Template = Annotated[str | None, typer.Option(help="another chat template than the target's own")]
 Target = Annotated[str, typer.Argument(help="run folder, adapter folder, model folder or hub name", show_default=False)]
 
 
@@ -170,33 +180,57 @@ def chat(
     target: Target,
     prompt: Annotated[str | None, typer.Option(help="answer this once and exit")] = None,
     system: Annotated[str | None, typer.Option(help="system message")] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="sample among the likeliest that hold this probability")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 512,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 42,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    max_new_tokens: Longest = 512,
+    stop: Stop = None,
+    seed: Seed = 42,
+    template: Template = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Talk to a model: streaming, with history; /help for commands."""
     from tunery.chat import chat as talk
 
-    talk(target, prompt, system, _sampling(temperature, top_p, max_new_tokens, seed))
+    sampling = _sampling(
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens, stop=stop or [], seed=seed,
+    )  # fmt: skip
+    talk(target, prompt, system, sampling, template=template, dtype=dtype, device=device)
 
 
 @app.command(rich_help_panel=USE)
 def generate(
     target: Target,
-    data: Annotated[Path, typer.Argument(help="rows to answer: json, jsonl, csv, parquet")],
+    data: Annotated[str, typer.Argument(help="rows to answer: a file, folder, hub name", show_default=False)],
     out: Annotated[Path, typer.Option(help="predictions, one {prompt, predict, label} a line")],
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="sample among the likeliest that hold this probability")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 256,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 42,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    max_new_tokens: Longest = 256,
+    stop: Stop = None,
+    seed: Seed = 42,
     samples: Annotated[int | None, typer.Option(help="only the first n rows")] = None,
+    dataset_dir: Annotated[str | None, typer.Option(help="folder of dataset_info.json, for a name in it")] = None,
+    template: Template = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option(help="go on where an interrupted run stopped")] = True,
 ) -> None:
     """Answer a file of rows and score the answers. An interrupted run goes on where it stopped."""
     from tunery.generate.predict import predict
 
-    sampling = _sampling(temperature, top_p, max_new_tokens, seed)
-    scores = predict(target, data, out, sampling, samples=samples, console=_console())
+    sampling = _sampling(
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens, stop=stop or [], seed=seed,
+    )  # fmt: skip
+    scores = predict(
+        target, data, out, sampling, samples=samples, dataset_dir=dataset_dir, template=template, dtype=dtype,
+        device=device, resume=resume, console=_console(),
+    )  # fmt: skip
     print(json.dumps(scores, indent=2, ensure_ascii=False))
 
 
@@ -207,9 +241,13 @@ def export(
     adapter_only: Annotated[bool, typer.Option(help="the adapter alone, not merged")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's own")] = None,
     max_shard_size: Annotated[str, typer.Option(help="of a weights file")] = "5GB",
+    template: Template = None,
 ) -> None:
     """Write a merged Hugging Face folder (or the adapter alone), compared with what was trained."""
-    _export(target=target, out=str(out), adapter_only=adapter_only, dtype=dtype, max_shard_size=max_shard_size)
+    _export(
+        target=target, out=str(out), adapter_only=adapter_only, dtype=dtype, max_shard_size=max_shard_size,
+        template=template,
+    )  # fmt: skip
 
 
 def _export(**options: Any) -> None:
@@ -253,11 +291,10 @@ def _training_job(config: Path, overrides: list[str] | None) -> Any:
     return job
 
 
-def _sampling(temperature: float, top_p: float, max_new_tokens: int, seed: int) -> Any:
+def _sampling(**values: Any) -> Any:
     from tunery.config import validate
     from tunery.generate.base import Sampling
 
-    values = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     return validate(Sampling, values)
 
 

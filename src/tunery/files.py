@@ -56,6 +56,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def make_readable(folder: Path) -> None:
+    """Make the files below a folder as readable as any other: safetensors leaves its own to their owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

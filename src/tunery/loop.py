@@ -21,6 +21,7 @@ from tunery.errors import ModelError, NonFiniteError, TuneryError
 from tunery.evaluate.loss import evaluate
 from tunery.evaluate.showcase import Showcase
 from tunery.export.verify import compare, probe_logits, probes
+from tunery.files import make_readable
 from tunery.flops import cost_of, flops_per_token, peak_flops
 from tunery.job import Job
 from tunery.models.load import load_model
@@ -215,6 +216,7 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
             run.data.train.report.write_refused(run.output / REFUSED)
         run.adapter.finish(run.model, run.output, base_name(run.job.model), run.base_dtype)
         save_tokenizer(run, run.output)
+        make_readable(run.output)
         if run.adapter.changes_base:
             _compare_saved(run, report)
     run.engine.barrier()

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tunery.data.template import load_template
 from tunery.errors import ModelError
 from tunery.export.verify import Check, compare, probe_logits, probes
+from tunery.files import make_readable
 from tunery.models.load import load_config, load_model, load_tokenizer
 from tunery.models.target import Target, load_adapter, model_config, resolve_target
 from tunery.types import Message
@@ -208,10 +209,7 @@ def _written(place: Path, size: int) -> Iterator[Path]:
         raise ModelError(f"{place}: cannot be written: {error}") from error
     try:
         yield folder
-        readable = folder.stat().st_mode & 0o666
-        for file in folder.rglob("*"):
-            if file.is_file():  # safetensors leaves its files readable by their owner alone
-                file.chmod(readable)
+        make_readable(folder)
         os.replace(folder, place)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)

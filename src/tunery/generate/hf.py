@@ -18,14 +18,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from tunery.errors import ModelError
 from tunery.generate.base import Request, Sampling
 from tunery.generate.detokenize import TextStream, decode
+from tunery.models.parts import unwrap
 from tunery.types import Completion, Message
 
 MAX_ROWS = 256
-
-
-def base_of(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
@@ -33,7 +29,7 @@ def generating(model: Any) -> Iterator[None]:
     """The model ready for generation, and as it was again afterwards: evaluation mode in every module, and an
     attention implementation that takes padded batches and a cache (training uses the packed hook "tunery", which
     does not). Models with soft-capped scores or attention sinks get "eager": "sdpa" leaves both out."""
-    base = base_of(model)
+    base = unwrap(model)
     before = base.config._attn_implementation
     training = [module for module in model.modules() if module.training]
     text = base.config.get_text_config(decoder=True)
@@ -138,7 +134,7 @@ class HFGenerator:
         self.batch_tokens = batch_tokens
         ends: list[Any] = list(template.end_ids) if template is not None else [tokenizer.eos_token_id]
         self.end_ids: set[int] = {token for token in ends if token is not None}
-        base = base_of(model)
+        base = unwrap(model)
         accepted = inspect.signature(base.forward).parameters
         learned_prompt = any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values())
         # Without a cache each step recomputes a whole row: slow, but right for every family.
@@ -264,7 +260,7 @@ class HFGenerator:
 
     def _uncached(self, alive: list[_Row]) -> Tensor:
         (row,) = alive
-        ids_1T = torch.tensor([row.prompt + row.ids], device=base_of(self.model).device)
+        ids_1T = torch.tensor([row.prompt + row.ids], device=unwrap(self.model).device)
         return self.model(input_ids=ids_1T, **self.last_only).logits[:, -1]
 
     def _pick(self, logits_BV: Tensor, alive: list[_Row], state: _State | None, sampling: Sampling) -> list[int]:
@@ -287,7 +283,7 @@ class _State:
 
     def __init__(self, generator: HFGenerator, rows: list[_Row], sampling: Sampling):
         self.generator = generator
-        base = base_of(generator.model)
+        base = unwrap(generator.model)
         longest = max(len(row.prompt) for row in rows)
         pad = generator.tokenizer.pad_token_id or 0  # masked, so any token will do
         lines = [[pad] * (longest - len(row.prompt)) + row.prompt for row in rows]

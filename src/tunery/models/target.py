@@ -192,6 +192,10 @@ def pick_device(device: str = "auto") -> str:
     import torch
 
     if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device {device!r}: cannot be used here: {str(error).splitlines()[0]}") from None
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -205,6 +209,8 @@ def pick_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
     if dtype == "auto":
         fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
+    if dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise ModelError(f"dtype {dtype!r}: expected auto, float32, bfloat16, float16 or float64")
     return getattr(torch, dtype)
 
 
