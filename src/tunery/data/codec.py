@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from tunery.data.parse import MARKERS
@@ -173,9 +172,3 @@ class Codec:
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
-
-
-def find(ids: np.ndarray, token: int, count: int) -> int:
-    """Index of the count-th (from 1) occurrence of a token, or -1."""
-    places = np.flatnonzero(ids == token)
-    return int(places[count - 1]) if 0 < count <= len(places) else -1

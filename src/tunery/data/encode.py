@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tunery.data.codec import Codec, find
+from tunery.data.codec import Codec
 from tunery.data.drafts import Draft, Turn
 from tunery.data.render import RowRefused
 from tunery.types import Tokens
@@ -32,8 +32,7 @@ class Encoder:
         ids_of = self.codec.encode_mixed([(draft.text, draft.shadow) for draft in drafts])
         return [self._finish(draft, ids) for draft, ids in zip(drafts, ids_of, strict=True)]
 
-    def _finish(self, draft: Draft, ids_list: list[int]) -> list[Tokens] | RowRefused:
-        ids = np.array(ids_list, dtype=np.int32)
+    def _finish(self, draft: Draft, ids: list[int]) -> list[Tokens] | RowRefused:
         weights = np.full(len(ids), draft.base, dtype=np.float32)
         sequences = []
         shared = False
@@ -50,10 +49,10 @@ class Encoder:
         except RowRefused as refused:
             return refused
         if shared or draft.base:
-            sequences.append(Tokens(ids, weights))
+            sequences.append(Tokens(np.array(ids, dtype=np.int32), weights))
         return sequences
 
-    def _boundary(self, ids: np.ndarray, prompt: str, shadow: bool) -> int:
+    def _boundary(self, ids: list[int], prompt: str, shadow: bool) -> int:
         """Number of tokens in the prompt, or -1 when its tokens are not a prefix of `ids`.
 
         Control tokens cut a text into parts that are tokenised on their own. So the prompt's tokens are those of `ids`
@@ -63,22 +62,25 @@ class Encoder:
             place = self.codec.last_control(prompt, shadow)
             if place is None:
                 (tail,) = self.codec.encode([prompt], shadow)
-                return len(tail) if ids[: len(tail)].tolist() == tail else -1
+                return len(tail) if ids[: len(tail)] == tail else -1
             header = prompt[place.start() :]
             control_id, *tail = self.codec.encode([header], shadow)[0]
             known = place.group(), control_id, tail
             if len(header) <= LONGEST_HEADER:
                 self._headers[header] = known
         control, control_id, tail = known
-        after = find(ids, control_id, prompt.count(control)) + 1
+        after = 0
+        for _ in range(prompt.count(control)):
+            after = _index(ids, control_id, after) + 1
+            if not after:
+                return -1
         end = after + len(tail)
-        return end if after and ids[after:end].tolist() == tail else -1
+        return end if ids[after:end] == tail else -1
 
-    def _weigh(self, ids: np.ndarray, weights: np.ndarray, start: int, turn: Turn, shadow: bool) -> None:
+    def _weigh(self, ids: list[int], weights: np.ndarray, start: int, turn: Turn, shadow: bool) -> None:
         """Set the weights of one answer, whose first token is at `start`."""
-        found = [places[0] for places in (np.flatnonzero(ids[start:] == token) for token in self.ends) if len(places)]
-        end = start + int(min(found)) if found else None
-        if end is None:
+        end = min((place for token in self.ends if (place := _index(ids, token, start)) >= 0), default=-1)
+        if end < 0:
             detail = f"the template ends message {turn.index + 1} with no token to stop at"
             raise RowRefused("no end-of-turn token", detail)
         weights[start : end + 1] = turn.weight
@@ -95,10 +97,9 @@ class Encoder:
             if turn.untrained:
                 raise RowRefused("prompt and answer share a token", f"message {turn.index + 1}")
             whole = prompt + self._continuation(turn, whole, prompt, draft.shadow)
-        ids = np.array(whole, dtype=np.int32)
-        weights = np.full(len(ids), draft.base, dtype=np.float32)
-        self._weigh(ids, weights, len(prompt), turn, draft.shadow)
-        return Tokens(ids, weights)
+        weights = np.full(len(whole), draft.base, dtype=np.float32)
+        self._weigh(whole, weights, len(prompt), turn, draft.shadow)
+        return Tokens(np.array(whole, dtype=np.int32), weights)
 
     def _continuation(self, turn: Turn, whole: list[int], prompt: list[int], shadow: bool) -> list[int]:
         """Tokens of the text after the prompt. A tokenizer may put a space before text that stands alone, so it is
@@ -113,3 +114,11 @@ class Encoder:
             if both[: len(head)] == head and self.codec.decode(prompt + both[len(head) :]) == text:
                 return both[len(head) :]
         raise RowRefused("prompt and answer share a token", f"message {turn.index + 1} begins with {rest[:20]!r}")
+
+
+def _index(ids: list[int], token: int, start: int) -> int:
+    """Place of the first such token from `start` on, or -1."""
+    try:
+        return ids.index(token, start)
+    except ValueError:
+        return -1

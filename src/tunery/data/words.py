@@ -28,7 +28,7 @@ _CLASSES = {
 }
 PLAIN = re.compile("[\\0-\\x7fÀ-ÖØ-öø-ÿ×÷£¥°±·–—‘’“”…•€→]*")
 _LONGEST_WORD = 64  # characters; longer ones hardly come twice
-_MOST_WORDS = 1_000_000
+_MOST_WORDS = 300_000  # some 60 MB
 # Compared with the tokenizer itself before the short cut is trusted.
 _PROBES = (
     "Hello, world! It's 12345 o'clock;  we'LL   see.\n\n\tif (x_1 != 0x1F) { return \"a-b\"; }  \r\n  \n end ",
@@ -79,7 +79,7 @@ class WordEncoder:
                 section = self.sections.get(part)
                 if section is None:
                     found = self.words.findall(part)
-                    if sum(map(len, found)) != len(part):
+                    if len("".join(found)) != len(part):
                         return None
                     section = list(chain.from_iterable(map(self.known.__getitem__, found)))
                     if len(part) <= 4 * _LONGEST_WORD and len(self.sections) < 10_000:
