@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,19 +60,16 @@ def packed_attention(
                 max_length_q = int(cu_seq_lens_q.diff().max())
             window = (sliding_window - 1 if sliding_window else -1, 0)
             return fused(q_THD, k_THD, v_THD, cu_seq_lens_q, max_length_q, scale, window)[None], None
-    bounds: list[int] = cu_seq_lens_q.tolist()
+    lengths: list[int] = cu_seq_lens_q.diff().tolist()
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # repeated once for the whole stream: per-sequence grouped attention is slower on a CPU
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
+    # split, not slices: the backward of R slices would fill and add R gradients of the whole stream
     pieces = [
-        _one_sequence(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale, dropout,
-            sliding_window, softcap, s_aux,
-        )
-        for start, end in pairwise(bounds)
-        if end > start
-    ]  # fmt: skip
+        _one_sequence(q, k, v, scale, dropout, sliding_window, softcap, s_aux)
+        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    ]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
