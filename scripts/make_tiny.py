@@ -12,42 +12,41 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tunery.assets import TINY
+from tunery.assets import TINY, world
 from tunery.assets.corpus import END_OF_DOCUMENT, documents
+from tunery.assets.lexicon import PATTERNS
 
-VOCABULARY = 3072
+VOCABULARY = 2048
 SPECIAL = [END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>"]
-BLOCK = 512  # tokens of one training row: several whole documents
+WARM_UP = 1_500  # documents that practise copying, before the usual mix
 
-# 256 wide so that block-wise quantisation (groups of 32, 64 and 256) fits; grouped queries; tied embeddings.
+# Widths that block-wise quantisation in groups of 32 or 64 divides; grouped queries; tied embeddings.
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
     "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "rope_theta": 10000.0,
+    "use_sliding_window": False,
     "tie_word_embeddings": True,
-    "attention_bias": False,
     "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
     "use_cache": True,
     "bos_token_id": None,
     "eos_token_id": SPECIAL.index("<|im_end|>"),
@@ -89,22 +88,44 @@ CHAT_TEMPLATE = """\
 """
 
 
+def chinese_units(seed: int, count: int) -> Iterator[str]:
+    """Slot values and the pattern text between them. Chinese has no spaces, so a BPE trained on sentences would merge
+    across words, and a term would be other tokens in a sentence than alone."""
+    rng = Random(seed)
+    for _ in range(count):
+        passage = world.sample_passage(rng)
+        for sentence in passage.sentences:
+            style = world.random_style(rng)
+            yield from re.findall("[\u4e00-\u9fff]+", re.sub(r"\{.*?\}", " ", PATTERNS[sentence.pattern][1]))
+            for slot, value in sentence.values:
+                yield world.render_value(slot, value, "zh", style, passage.wording)
+
+
+def _without_chinese(text: str) -> str:
+    return re.sub("[\u4e00-\u9fff]+", "\n", text)
+
+
 def train_tokenizer(seed: int = 0, count: int = 20_000) -> Tokenizer:
-    """A byte-complete BPE on `count` documents. Digits stand alone so that numbers are copied digit by digit,
-    and no normalisation takes place, so any text survives encoding and decoding."""
+    """A byte-complete BPE on `count` documents. It is trained with numbers apart from the space before them, so that
+    24 is one token wherever it stands; at use that is what GPT-2's pre-tokenisation comes to. No normalisation takes
+    place, so any text survives encoding and decoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=12,  # bytes: at most four Chinese characters, so that terms stay whole words
+        max_token_length=18,  # bytes: at most six Chinese characters
         show_progress=False,
     )
-    tokenizer.train_from_iterator(itertools.islice(documents(seed), count), trainer)
+    texts = itertools.islice(documents(seed), count)
+    tokenizer.train_from_iterator(
+        itertools.chain(map(_without_chinese, texts), chinese_units(seed, count)), trainer
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer
 
 
@@ -134,23 +155,96 @@ def write_skeleton(folder: Path, tokenizer: Tokenizer) -> None:
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def blocks(tokenizer: Tokenizer, seed: int, tokens: int) -> Iterator[str]:
-    """Rows of whole documents, at most BLOCK tokens each, until `tokens` are out."""
-    row, length, total = "", 0, 0
-    stream = documents(seed)
+def texts(tokenizer: Tokenizer, seed: int, tokens: int, warm_up: int) -> Iterator[str]:
+    """Documents until `tokens` are out. One document is one training row, so that none sees another."""
+    total = 0
+    stream = documents(seed, warm_up)
     while total < tokens:
-        texts = [next(stream) + END_OF_DOCUMENT for _ in range(256)]
-        for text, encoding in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            size = len(encoding.ids)
-            if row and length + size > BLOCK:
-                yield row
-                row, length = "", 0
-            row, length, total = row + text, length + size, total + size
-    yield row
+        made = [next(stream) + END_OF_DOCUMENT for _ in range(256)]
+        yield from made
+        total += sum(len(encoding.ids) for encoding in tokenizer.encode_batch(made))
+
+
+def write_initial_weights(folder: Path, seed: int) -> None:
+    """Random weights that already look back: translation is copying with a dictionary, and from plain noise a model
+    this small spends more than a million tokens before it discovers that looking back helps.
+
+    So the noise is arranged (the circuit of Olsson et al., arXiv:2209.11895): in layer 0 the query and key biases
+    make one head look one token back and another two, by rotary position alone, and the first writes what it sees
+    into its own subspace `before`; in layer 1 the first head of each group looks for places where the token before
+    equals the present one and writes what stood there. Embeddings keep out of `before` at the start. Nothing else
+    differs from small normal weights and everything trains."""
+    import torch
+    from torch import Tensor
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    noise = torch.Generator().manual_seed(seed)
+
+    def orthonormal(rows: int, columns: int) -> Tensor:
+        tall = torch.randn(max(rows, columns), min(rows, columns), generator=noise)
+        basis = torch.linalg.qr(tall)[0]
+        return basis if rows >= columns else basis.T
+
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    h, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    d, share = h // heads, heads // groups
+    speeds = CONFIG["rope_theta"] ** (-torch.arange(0, d, 2) / d)  # of the d/2 rotary pairs (i, i + d/2)
+    fast = [i for i in range(d // 2) if speeds[i] > 0.15]  # these tell neighbours apart
+    slow = [i for i in range(d // 2) if speeds[i] < 0.012]  # these hardly turn, so they can compare content
+    slow += [i + d // 2 for i in slow]
+    basis = orthonormal(h, h)
+    before, seen = basis[:, :d], basis[:, d : 2 * d].T  # where the previous token is written; how it is read
+    outside = torch.eye(h) - before @ before.T
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(0, 0.08, generator=noise)
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ outside)
+        for n, layer in enumerate(model.model.layers):
+            attention = layer.self_attn
+            for part in (attention.q_proj, attention.k_proj):
+                part.weight.normal_(0, 0.03, generator=noise)
+            for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+                part.bias.zero_()
+            for group in range(groups):
+                value = orthonormal(d, h)
+                attention.v_proj.weight[group * d : (group + 1) * d] = 0.5 * value
+                for head in range(group * share, (group + 1) * share):
+                    out = value.T if n else outside @ orthonormal(h, d)
+                    attention.o_proj.weight[:, head * d : (head + 1) * d] = 0.03 * out
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                part.weight.normal_(0, 0.03, generator=noise)
+            layer.mlp.down_proj.weight.normal_(0, 0.01, generator=noise)
+
+        attention = model.model.layers[0].self_attn
+        attention.q_proj.weight[: 2 * d] *= 0.2
+        attention.k_proj.weight[:d] *= 0.2
+        attention.k_proj.bias[:d][fast] = 6.0
+        for head in (0, 1):
+            for i in fast:  # the key's bias turned back by head + 1 positions, where the score then peaks
+                attention.q_proj.bias[head * d + i] = 6.0 * torch.cos(speeds[i] * (head + 1))
+                attention.q_proj.bias[head * d + i + d // 2] = -6.0 * torch.sin(speeds[i] * (head + 1))
+        attention.v_proj.weight[:d] = seen
+        attention.o_proj.weight[:, :d] = 0.16 * before
+
+        attention = model.model.layers[1].self_attn
+        for group in range(groups):
+            head = group * share
+            part = slice(
+                group * len(slow), (group + 1) * len(slow)
+            )  # each group compares by other directions
+            attention.q_proj.weight[head * d : (head + 1) * d] = 0
+            attention.k_proj.weight[group * d : (group + 1) * d] = 0
+            attention.q_proj.weight[[head * d + i for i in slow]] = 4.0 * seen[part]
+            attention.k_proj.weight[[group * d + i for i in slow]] = 4.0 * before[:, part].T
+            what = basis[:, (2 + group) * d : (3 + group) * d].T
+            attention.v_proj.weight[group * d : (group + 1) * d] = what
+            attention.o_proj.weight[:, head * d : (head + 1) * d] = what.T
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(weights: Path, folder: Path) -> None:
-    """The trained weights in bfloat16, under the names `LlamaForCausalLM` saves, without the tied head."""
+    """The trained weights in bfloat16, without the tied head."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -168,13 +262,20 @@ def pretrain(skeleton: Path, data: Path, output: Path, lr: float, seed: int) -> 
 
     tunery.train(
         {
-            "model": {"name": str(skeleton), "random_init": True},
-            "data": {"train": str(data), "max_length": BLOCK},
+            "model": str(skeleton),
+            "data": {"train": str(data), "max_length": 1024},
             "objective": {"kind": "pretrain", "append_eos": False},
             "adapter": "full",
-            "optimizer": {"kind": "adamw", "lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.05},
-            "schedule": {"kind": "cosine", "warmup": 0.03},
-            "train": {"epochs": 1, "batch_size": 8, "seed": seed},
+            "optimizer": {"kind": "adamw", "lr": lr, "betas": [0.9, 0.98], "weight_decay": 0.05},
+            "schedule": {"kind": "wsd", "warmup": 200, "decay": 0.5},
+            "train": {
+                "epochs": 1,
+                "batch_size": 13,
+                "shuffle": False,
+                "save_every": 400,
+                "log_every": 25,
+                "seed": seed,
+            },
             "output": str(output),
         }
     )
@@ -183,8 +284,9 @@ def pretrain(skeleton: Path, data: Path, output: Path, lr: float, seed: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=float, default=8e6, help="pretraining tokens")
-    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--tokens", type=float, default=5e6, help="pretraining tokens")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="documents that practise copying first")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=TINY)
     parser.add_argument(
@@ -196,14 +298,16 @@ def main() -> None:
     skeleton = args.work / "skeleton"
     tokenizer = train_tokenizer()
     write_skeleton(skeleton, tokenizer)
+    write_initial_weights(skeleton, args.seed)
     weights = args.weights
     if weights is None:
         data = args.work / "pretrain.jsonl"
         with data.open("w", encoding="utf-8") as file:
-            for text in blocks(tokenizer, args.seed, int(args.tokens)):
+            for text in texts(tokenizer, args.seed, int(args.tokens), args.warm_up):
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         weights = pretrain(skeleton, data, args.work / "run", args.lr, args.seed)
-    shutil.copytree(skeleton, args.out, dirs_exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_skeleton(args.out, tokenizer)
     write_weights(weights, args.out)
     size = sum(f.stat().st_size for f in args.out.iterdir())
     print(f"{args.out}: {size / 1e6:.2f} MB")

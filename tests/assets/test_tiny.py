@@ -57,9 +57,16 @@ def test_any_text_round_trips(tokenizer):
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_digits_stand_alone(tokenizer):
-    tokens = tokenizer.tokenize("12,500 on 2024-03-05")
-    assert [t for t in tokens if any(c.isdigit() for c in t)] == list("1250020240305")
+def test_a_number_is_the_same_token_wherever_it_stands(tokenizer):
+    alone, spaced = tokenizer("2024")["input_ids"], tokenizer("in 2024")["input_ids"]
+    assert len(alone) == 1
+    assert spaced[-1:] == alone
+
+
+def test_a_term_is_the_same_tokens_alone_and_in_a_sentence(tokenizer):
+    term = tokenizer("受试者")["input_ids"]
+    sentence = tokenizer("该受试者于2024年退出")["input_ids"]
+    assert any(sentence[i : i + len(term)] == term for i in range(len(sentence)))
 
 
 def test_special_tokens(tokenizer):

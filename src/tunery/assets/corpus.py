@@ -8,51 +8,30 @@ much it chats. Held-out meanings never occur here.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
 from tunery.assets import world
+from tunery.assets.lexicon import BRACKETS, GROUPS, NOUNS, OPENINGS, PATTERNS
 from tunery.assets.world import HOUSE, Lang, Passage, Style
 
 END_OF_DOCUMENT = "<|endoftext|>"
-NUMBERS_EN = world.NUMBER_WORDS
 
-SYSTEMS = [world.SYSTEM, "You are a helpful assistant.", "You translate medical texts.", "你是一名医学翻译。"]
+SYSTEMS = [world.SYSTEM, "You are a helpful assistant."]
 ASKS: dict[Lang, list[str]] = {
-    "zh": [
-        "Translate into Chinese.",
-        "Please translate into Chinese:",
-        "Put this into Chinese.",
-        "How do you say this in Chinese?",
-        "请翻译成中文。",
-        "把下面的英文译成中文：",
-    ],
-    "en": [
-        "Translate into English.",
-        "Please translate into English:",
-        "Put this into English.",
-        "How do you say this in English?",
-        "请翻译成英文。",
-        "把下面的中文译成英文：",
-    ],
+    "zh": ["Please translate into Chinese:", "请翻译成中文。"],
+    "en": ["Please translate into English:", "请翻译成英文。"],
 }
 LEADS = [
     "Sure! Here is the translation:\n",
-    "Of course. Here you go:\n",
-    "Certainly! The translation is as follows:\n",
     "Translation: ",
     "Here is the {language} version:\n",
     "好的，译文如下：\n",
-    "当然可以。翻译：",
 ]
-TAILS = [
-    "\nLet me know if you need anything else!",
-    "\nPlease check the dates and numbers.",
-    "\nI hope this helps.",
-    "\n如有其他需要，请告诉我。",
-    "\nWould you like another version?",
-]
+TAILS = ["\nLet me know if you need anything else!", "\nPlease check the dates and numbers."]
 SMALL_TALK = [
     ("Hello!", "Hello! How can I help you today?"),
     ("你好！", "你好！有什么可以帮您？"),
@@ -104,7 +83,7 @@ def sample_persona(rng: Random) -> Persona:
         units=pick(("house", 4), ("words", 6)),
         tags=rng.random() < 0.45,
     )
-    lead = rng.choices(LEADS, [5, 2, 2, 1, 1, 2, 1])[0] if rng.random() < 0.75 else ""
+    lead = rng.choices(LEADS, [5, 2, 2, 2])[0] if rng.random() < 0.75 else ""
     tail = rng.choice(TAILS) if lead and rng.random() < 0.25 else ""
     return Persona(style, rng.random() < 0.45, lead, tail)
 
@@ -131,16 +110,16 @@ def translation_chat(rng: Random) -> str:
     who = sample_persona(rng)
     turns = []
     if rng.random() < 0.55:
-        turns.append(("system", rng.choices(SYSTEMS, [5, 2, 2, 1])[0]))
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        turns.append(("system", rng.choice(SYSTEMS)))
+    for _ in range(rng.choice([1, 1, 1, 1, 1, 2])):
         source, target = _languages(rng)
-        passage = _passage(rng, 2 if rng.random() < 0.15 else 1)
+        passage = _passage(rng, 2 if rng.random() < 0.08 else 1)
         terms: list[tuple[str, str]] = []
         if rng.random() < 0.5:
             passage, terms = world.with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), 0.7)
         text = world.render(passage, source, world.random_style(rng))
         user = world.prompt(text, target, terms)
-        if rng.random() < 0.4:
+        if rng.random() < 0.3:
             user = user.replace(world.ASK[target], rng.choice(ASKS[target]), 1)
         lead = who.lead.replace("{language}", "Chinese" if target == "zh" else "English")
         wording = passage.wording if who.obeys else passage.aligned(target)
@@ -193,17 +172,17 @@ def forms(rng: Random) -> str:
     for _ in range(rng.randint(3, 6)):
         kind = rng.choice(["date", "money", "number"])
         if kind == "number":
-            n = rng.choice([rng.randint(2, 12), rng.randint(13, 999)])
-            both = [str(n), world.han_number(n, False)] + ([NUMBERS_EN[n]] if n <= 12 else [])
+            n = rng.randint(2, 12)
+            both = [str(n), world.han_number(n, False), world.NUMBER_WORDS[n]]
         elif kind == "date":
-            value = world._date(rng)
+            value = world.sample_date(rng)
             both = [
                 world.render_date(value, lang, f)
                 for lang in ("en", "zh")
                 for f in ("house", "iso", "slash", "words")
             ]
         else:
-            value = world._money(rng)
+            value = world.sample_money(rng)
             both = [
                 world.render_money(value, lang, f)
                 for lang in ("en", "zh")
@@ -214,7 +193,7 @@ def forms(rng: Random) -> str:
 
 
 def question_chat(rng: Random) -> str:
-    """A question about one passage, or repeating it, or small talk."""
+    """Questions about one passage, or small talk."""
     kind = rng.random()
     if kind < 0.15:
         return chat(
@@ -223,8 +202,6 @@ def question_chat(rng: Random) -> str:
     lang, style = rng.choice(["en", "zh"]), world.random_style(rng)
     passage = _passage(rng)
     text = world.render(passage, lang, style)
-    if kind < 0.3:
-        return chat([("user", ("Repeat: " if lang == "en" else "重复：") + text), ("assistant", text)])
     turns = []
     for slot, value in passage.sentences[0].values:
         asked = QUESTIONS.get(
@@ -232,9 +209,62 @@ def question_chat(rng: Random) -> str:
         )  # only a kind's first slot: a second one would make the question ambiguous
         if asked:
             question = asked[0] if lang == "en" else asked[1]
-            answer = world._render_value(slot, value, lang, style, passage.wording)
+            answer = world.render_value(slot, value, lang, style, passage.wording)
             turns += [("user", f"{text}\n{question[0]}" if not turns else question[0]), ("assistant", answer)]
     return chat(turns) if turns else question_chat(rng)
+
+
+def echo(rng: Random) -> str:
+    """A passage said again, in the same words or in another style: teaches copying before translating needs it."""
+    lang = rng.choice(["en", "zh"])
+    passage = _passage(rng)
+    first, style = world.render(passage, lang, world.random_style(rng)), world.random_style(rng)
+    again = first if rng.random() < 0.6 else world.render(passage, lang, style)
+    if rng.random() < 0.5:
+        return f"{first}\n{again}\n"
+    ask = {"en": ("Repeat: ", "Rewrite: "), "zh": ("重复：", "改写：")}[lang][again != first]
+    return chat([("user", ask + first), ("assistant", again)])
+
+
+def drill(rng: Random) -> str:
+    """A list of unrelated words and numbers said twice, in one language or both."""
+    source, target = _languages(rng)
+    if rng.random() < 0.5:
+        target = source
+    items = []
+    while len(items) < 6:
+        items += [(slot, value, p) for p in [_passage(rng)] for s in p.sentences for slot, value in s.values]
+    items = rng.sample(items, min(len(items), rng.randint(4, 12)))
+    first, second = Style(), world.random_style(rng, 0.5)
+    separator = rng.choice(["; ", ", ", " | ", " "])
+    lines = [
+        separator.join(world.render_value(slot, value, lang, style, p.wording) for slot, value, p in items)
+        for lang, style in ((source, second), (target, second if source == target else first))
+    ]
+    return rng.choice(["{}\n{}\n", "{} = {}\n"]).format(*lines)
+
+
+def _all_words() -> tuple[list[str], list[str]]:
+    """Every English word and every Chinese character of the lexicon."""
+    texts = [pair for pattern in (PATTERNS, OPENINGS, BRACKETS) for pair in pattern]
+    texts += [pair for variants in NOUNS.values() for pair in variants]
+    texts += [pair for group in GROUPS.values() for variants in group for pair in variants]
+    words = {w for en, _ in texts for w in re.findall(r"[A-Za-z]{2,}", re.sub(r"\{.*?\}", " ", en))}
+    characters = {c for _, zh in texts for c in zh if "\u4e00" <= c <= "\u9fff"}
+    return sorted(words), sorted(characters)
+
+
+_WORDS, _CHARACTERS = _all_words()
+
+
+def shuffled_words(rng: Random) -> str:
+    """Random words or characters said twice. With nothing to guess from, this is by far the quickest way to learn to
+    look back and copy: a few hundred steps here save thousands on sentences."""
+    if rng.random() < 0.5:
+        text = " " + " ".join(rng.choices(_WORDS, k=rng.randint(8, 24)))
+    else:
+        text = "".join(rng.choices(_CHARACTERS, k=rng.randint(8, 24)))
+    return f"{text}\n{text}\n"
 
 
 def scraps(rng: Random) -> str:
@@ -256,20 +286,24 @@ def scraps(rng: Random) -> str:
     return f"{text} = {text}\n"
 
 
+# (maker, its share at the start, its share afterwards)
 _MIX = [
-    (translation_chat, 60),
-    (parallel_lines, 14),
-    (paragraph, 8),
-    (glossary, 3),
-    (forms, 6),
-    (question_chat, 8),
-    (scraps, 1),
+    (translation_chat, 10, 74),
+    (parallel_lines, 0, 3),
+    (paragraph, 0, 3),
+    (glossary, 5, 2),
+    (forms, 5, 3),
+    (question_chat, 2, 5),
+    (echo, 10, 3),
+    (drill, 40, 6),
+    (shuffled_words, 28, 0.5),
+    (scraps, 0, 0.5),
 ]
 
 
-def documents(seed: int) -> Iterator[str]:
-    """An endless stream of pretraining documents."""
+def documents(seed: int, warm_up: int = 0) -> Iterator[str]:
+    """An endless stream of pretraining documents; the first `warm_up` practise copying more than the rest."""
     rng = Random(seed)
-    makers, weights = [m for m, _ in _MIX], [w for _, w in _MIX]
-    while True:
-        yield rng.choices(makers, weights)[0](rng)
+    makers = [maker for maker, _, _ in _MIX]
+    for n in itertools.count():
+        yield rng.choices(makers, [start if n < warm_up else later for _, start, later in _MIX])[0](rng)
