@@ -136,3 +136,38 @@ def test_damage_is_found(tmp_path):
             (folder / "store.json").write_text("{")
         with pytest.raises(DataError, match="the token store cannot be read"):
             TokenStore.load(folder)
+
+
+def test_the_fingerprint_is_of_the_tokens_alone(tmp_path):
+    made = store()
+    elsewhere = pack_store([Chunk([example], [(5, 0, 9)]) for example in EXAMPLES], ["c.jsonl"])
+    floats = store()
+    floats.weights = floats.weights.astype(np.float32)
+    made.save(tmp_path / "s")
+    same = [elsewhere, floats, TokenStore.load(tmp_path / "s"), made.select(range(4)), made.select([3, 2, 1, 0])]
+    same[-1] = same[-1].select([3, 2, 1, 0])
+    assert {one.fingerprint() for one in same} == {made.fingerprint()}
+    made.select([2, 0, 2]).save(tmp_path / "v")
+    assert TokenStore.load(tmp_path / "v").fingerprint() == made.select([2, 0, 2]).fingerprint()
+
+
+def test_the_fingerprint_changes_with_each_token_weight_and_boundary(monkeypatch):
+    def one(length: int, ids: int = 1, weight: float = 1.0) -> Tokens:
+        return Tokens(np.full(length, ids, np.int32), np.full(length, weight, np.float32))
+
+    sets = [
+        [[one(4)]],
+        [[one(4, ids=2)]],
+        [[one(4, weight=0.5)]],
+        [[one(1), one(3)]],
+        [[one(3), one(1)]],
+        [[one(1)], [one(3)]],
+        [[one(4)], [one(4)]],
+        [],
+    ]
+    prints = [pack_store([Chunk(rows, [(0, 0, 1)] * len(rows))], FILES).fingerprint() for rows in sets]
+    assert len(set(prints)) == len(sets)
+    assert store().select([0, 1]).fingerprint() != store().select([1, 0]).fingerprint()
+    whole = store().fingerprint()
+    monkeypatch.setattr("tunery.data.store._HASHED", 1)
+    assert store().fingerprint() == whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +15,9 @@ from pydantic import BeforeValidator, Field
 from tunery.config import Config
 from tunery.data.build import Built, Inputs, build
 from tunery.data.cache import CacheEntry, cache_folder, code_digest, file_digest, key_of, rank
-from tunery.data.examples import from_dict, identity, read_examples, to_dict
+from tunery.data.examples import from_dict, identity, to_dict
 from tunery.data.formats import load_format
-from tunery.data.report import DataReport, SourceReport, SplitReport, enforce
+from tunery.data.report import DataReport, SplitReport, enforce
 from tunery.data.sources import Located, Source, load_hub, locate
 from tunery.data.store import TokenStore
 from tunery.data.stream import Stream, StreamingExamples
@@ -76,22 +75,6 @@ class Prepared:
     eval_examples: list[Example]
     report: DataReport
     located: list[Located] = field(default_factory=list)
-
-    def train_examples(self, numbers: Sequence[int]) -> list[Example]:
-        """The conversations behind some training examples, read again from their files; of a stream, the rows of these
-        numbers in the order of the files."""
-        if isinstance(self.train, StreamingExamples):
-            first = list(itertools.islice(self.train.first_rows(), max(numbers, default=-1) + 1))
-            return [first[number] for number in numbers]
-        origins = [self.train.origin(number) for number in numbers]
-        wanted, found = set(origins), {}
-        for source in self.located:
-            for file, row, example in read_examples(source, SourceReport(source.key, source.name)):
-                if (file, row) in wanted and isinstance(example, Example):
-                    found[file, row] = example
-                    if len(found) == len(wanted):
-                        return [found[origin] for origin in origins]
-        raise DataError(f"{self.located[0].name}: the rows are not as they were when they were tokenised")
 
 
 def prepare(

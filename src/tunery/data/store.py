@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from tunery.types import Tokens
 
 STORE_VERSION = 1
 _META = "store.json"
+_HASHED = 4096  # examples hashed at a time
 
 
 class TokenStore:
@@ -109,6 +111,22 @@ class TokenStore:
         numbers = np.asarray(numbers, dtype=np.int64)
         return TokenStore(self._arrays, self.files, numbers if self.index is None else self.index[numbers])
 
+    def fingerprint(self) -> str:
+        """A BLAKE2b hash, in hex, of what training sees: the examples' ids, weights and boundaries, in the order of
+        this view. Where the rows came from and how they are stored does not matter."""
+        parts = [hashlib.blake2b(digest_size=16) for _ in range(4)]  # one stream a field: blocks leave no trace
+        index = np.arange(len(self), dtype=np.int64) if self.index is None else self.index
+        for start in range(0, len(index), _HASHED):
+            at = index[start : start + _HASHED]
+            sequences = _ranges(self.example_offsets[at], self.example_offsets[at + 1])
+            tokens = _ranges(self.sequence_offsets[sequences], self.sequence_offsets[sequences + 1])
+            counts = self.example_offsets[at + 1] - self.example_offsets[at]
+            lengths = self.sequence_offsets[sequences + 1] - self.sequence_offsets[sequences]
+            weights = self.weights[tokens].astype(np.float32)
+            for part, array in zip(parts, (counts, lengths, self.ids[tokens], weights), strict=True):
+                part.update(np.ascontiguousarray(array).tobytes())
+        return hashlib.blake2b(b"".join(part.digest() for part in parts), digest_size=16).hexdigest()
+
     def save(self, folder: str | Path) -> None:
         """One .npy a field and a store.json with their checksums, in a folder that must not hold a store yet.
         A view is written as what it shows."""
@@ -141,6 +159,13 @@ class TokenStore:
             return cls(arrays, meta["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: the token store cannot be read: {error}") from None
+
+
+def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """The numbers of each range [start, stop), one range after the other: int64."""
+    lengths = stops - starts
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
 
 
 def _checksum(path: Path) -> int:

@@ -73,13 +73,6 @@ class StreamingExamples:
                 raise DataError("data.train: the stream has no usable row")
             start = max(0, start - total)
 
-    def first_rows(self) -> Iterator[Example]:
-        """The usable rows as conversations, in the order of the files."""
-        for source, known in zip(self.stream.sources, self.report.sources, strict=True):
-            for _, _, example in read_examples(source, _fresh(known), streaming=True):
-                if isinstance(example, Example):
-                    yield example
-
     def _walk(self, epoch: int, start: int) -> Generator[Item, None, int]:
         """The items from `start` on; returns how many the epoch has."""
         self.report = report = DataReport([_fresh(source) for source in self.report.sources], cache="stream")
