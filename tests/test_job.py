@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from tunery.config import kinds, load_kind
+from tunery.compat.llamafactory import is_llamafactory
+from tunery.config import kinds, load_kind, parse_yaml
 from tunery.errors import ConfigError
 from tunery.job import Job, load_job
 
@@ -153,10 +156,72 @@ def test_every_knob_is_described():
 def test_the_json_schema_knows_every_section_and_kind():
     schema = Job.model_json_schema()
     assert set(schema["properties"]) == set(Job.model_fields)
-    adapter = schema["properties"]["adapter"]["anyOf"]
-    assert {option["properties"]["kind"]["const"] for option in adapter[1:]} == set(kinds("adapters"))
-    assert "rank" in next(o for o in adapter[1:] if o["properties"]["kind"]["const"] == "lora")["properties"]
+    adapter = {option["properties"]["kind"].get("const"): option for option in schema["properties"]["adapter"]["anyOf"]
+               if "properties" in option}  # fmt: skip
+    assert set(adapter) == {*kinds("adapters"), None}  # None: a module from outside
+    assert "rank" in adapter["lora"]["properties"]
     text = json.dumps(schema)
     assert schema["additionalProperties"] is False and all(f"#/$defs/{name}" in text for name in schema["$defs"]), (
         "no definition dangles"
     )
+
+
+ROOT = Path(__file__).resolve().parents[1]
+# YAML that a reader would paste into a file: the examples, the pages, and short forms written out here.
+RIGHT = {
+    **{path.name: path.read_text(encoding="utf-8") for path in (ROOT / "examples").rglob("*.yaml")},
+    **{
+        f"{page.name}:{number}": text
+        for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
+        for number, text in enumerate(re.findall(r"^```yaml\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S))
+    },
+    "full": FULL,
+    "one source": "data: {train: {path: a.jsonl, samples: 5}, eval: b.jsonl}",
+    "sources": "data: {train: [a.jsonl, {path: b.jsonl}], eval: [c.jsonl]}",
+    "names": "{model: builtin:tiny, schedule: linear, optimizer: adamw, report: {to: [wandb, mlflow]}}",
+    "default kind": "adapter: {rank: 4}",
+    "from outside": "{objective: my.loss, adapter: {kind: my.adapter, size: 3}}",
+    "empty section": "{train: null, model: builtin:tiny}",
+}
+
+
+@pytest.mark.parametrize("text", RIGHT.values(), ids=RIGHT)
+def test_the_json_schema_takes_what_is_right(text):
+    """Oracle: jsonschema, as an editor would apply it."""
+    values = parse_yaml(text)
+    if is_llamafactory(values):
+        pytest.skip("in LLaMA-Factory's shape")
+    jsonschema.Draft202012Validator(Job.model_json_schema()).validate(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: 3",
+        "model: {nam: builtin:tiny}",
+        "data: {train: 3}",
+        "data: {train: [3]}",
+        "data: {train: {samples: 3}}",
+        "data: {eval: true}",
+        "schedule: cosinus",
+        "report: {to: wand}",
+        "report: {to: [wand]}",
+        "adapter: lorra",
+        "adapter: {kind: lora, rnk: 4}",
+        "optimizer: {lr: fast}",
+        "lr: 1.0e-4",
+    ],
+)
+def test_the_json_schema_refuses_what_is_wrong(text):
+    values = parse_yaml(text)
+    assert not jsonschema.Draft202012Validator(Job.model_json_schema()).is_valid(values)
+    with pytest.raises(ConfigError):
+        load_job(values)
+
+
+@pytest.mark.parametrize("source", [5, None, ["a.yaml"], ("a", "b")])
+def test_what_is_no_job_is_told_what_is(source):
+    with pytest.raises(
+        ConfigError, match=r"path of a YAML or JSON file, a mapping .*; got .*\((int|NoneType|list|tuple)"
+    ):
+        load_job(source)

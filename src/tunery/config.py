@@ -102,12 +102,36 @@ class _KindOf:
     default: str
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        options: list[JsonSchemaValue] = [{"type": "string", "enum": kinds(self.folder)}]
+        dotted = {"type": "string", "pattern": r"\."}  # a module from outside, whose keys are not known here
+        options: list[JsonSchemaValue] = [{"anyOf": [{"type": "string", "enum": kinds(self.folder)}, dotted]}]
         for kind in kinds(self.folder):
             schema = load_kind(self.folder, kind).Config.model_json_schema()
             schema.setdefault("properties", {})["kind"] = {"const": kind}
-            options.append({**schema, "title": f"{self.folder}.{kind}", "required": ["kind"]})
-        return {"anyOf": options}
+            needed = [] if kind == self.default else ["kind"]
+            options.append({**schema, "title": f"{self.folder}.{kind}", "required": needed})
+        outside = {"type": "object", "properties": {"kind": dotted}, "required": ["kind"]}
+        return {"anyOf": [*options, {**outside, "title": f"{self.folder}: a module from outside"}]}
+
+
+@dataclass(frozen=True)
+class ShortForms:
+    """Marks a field whose validator also takes short forms, for the JSON schema: one element for a list of them and,
+    where `key` is given, text for a mapping with only that key."""
+
+    key: str | None = None
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        def with_short(form: JsonSchemaValue) -> list[JsonSchemaValue]:
+            if form.get("type") == "array":
+                one = with_short(form["items"])
+                return [*one, {**form, "items": {"anyOf": one}}]
+            if self.key is None or "$ref" not in form:
+                return [form]
+            text = handler.resolve_ref_schema(form)["properties"][self.key]
+            return [{name: text[name] for name in ("type", "enum") if name in text}, form]
+
+        long = handler(core_schema)
+        return {"anyOf": [form for branch in long.get("anyOf", [long]) for form in with_short(branch)]}
 
 
 def kind_field(folder: str, key: str, default: str) -> Any:

@@ -6,9 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
-from tunery.config import Config, KindConfig, Steps, apply_overrides, kind_field, read_config, validate
+from tunery.config import (
+    Config,
+    KindConfig,
+    ShortForms,
+    Steps,
+    apply_overrides,
+    kind_field,
+    read_config,
+    validate,
+)
 from tunery.data.dataset import DataConfig
 from tunery.errors import ConfigError
 from tunery.models.load import ModelConfig, ModelField
@@ -58,6 +67,9 @@ class EvalConfig(Config):
     best: bool = Field(default=True, description="end with the checkpoint of the lowest evaluation loss")
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
+
+
 def _list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -65,7 +77,7 @@ def _list(value: Any) -> Any:
 class ReportConfig(Config):
     """The `report:` section: where the numbers go besides the run folder."""
 
-    to: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "swanlab"]], BeforeValidator(_list)] = Field(
+    to: Annotated[list[Tracker], BeforeValidator(_list), ShortForms()] = Field(
         default=[], description="trackers, each an extra"
     )
     project: str = Field(default="tunery", description="project name for the trackers")
@@ -76,15 +88,24 @@ def _name(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _sections_may_be_empty(schema: dict[str, Any]) -> None:
+    """In a file, a section with nothing below it is one of defaults (see load_job)."""
+    for name, section in schema["properties"].items():
+        inner = {key: section.pop(key) for key in ("$ref", "anyOf", "type") if key in section}
+        schema["properties"][name] = {"anyOf": [*inner.get("anyOf", [inner]), {"type": "null"}], **section}
+
+
 class Job(Config):
     """Everything a run needs. Defaults make almost all of it optional."""
 
-    model: ModelField = Field(default=ModelConfig(), description="the base model")
+    model_config = ConfigDict(json_schema_extra=_sections_may_be_empty)
+
+    model: Annotated[ModelField, ShortForms("name")] = Field(default=ModelConfig(), description="the base model")
     data: DataConfig = Field(default=DataConfig(), description="the rows")
     objective: kind_field("objectives", "objective", "sft") = Field(default="sft", description="what is optimised")  # type: ignore
     adapter: kind_field("adapters", "adapter", "lora") = Field(default="lora", description="which parameters train")  # type: ignore
     optimizer: kind_field("optimizers", "optimizer", "adamw") = Field(default="adamw", description="how they move")  # type: ignore
-    schedule: Annotated[ScheduleConfig, BeforeValidator(_name)] = Field(
+    schedule: Annotated[ScheduleConfig, BeforeValidator(_name), ShortForms("kind")] = Field(
         default=ScheduleConfig(), description="learning rate over time"
     )
     train: TrainConfig = Field(default=TrainConfig(), description="how long, how much at a time")
@@ -95,6 +116,11 @@ class Job(Config):
 
 def load_job(source: str | Path | Mapping[str, Any] | Job, overrides: Sequence[str] = ()) -> Job:
     """A Job from a YAML or JSON file or a mapping, with `key.sub=value` overrides. Raises ConfigError."""
+    if not isinstance(source, str | Path | Mapping | Job):
+        raise ConfigError(
+            f"a job is the path of a YAML or JSON file, a mapping of the same shape, or a Job; got {source!r} "
+            f"({type(source).__name__})"
+        )
     if isinstance(source, Job):
         if not overrides:
             return source

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from tunery.config import Config
+from tunery.config import Config, ShortForms
 from tunery.data.build import Built, Inputs, build
 from tunery.data.cache import CacheEntry, cache_folder, code_digest, file_digest, key_of, rank
 from tunery.data.examples import from_dict, identity, to_dict
@@ -33,14 +33,14 @@ def _sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
-Sources = Annotated[list[Source], BeforeValidator(_sources)]
+Sources = Annotated[list[Source], BeforeValidator(_sources), ShortForms("path")]
 
 
 class DataConfig(Config):
     """The `data:` section."""
 
     train: Sources = Field(default=[], description="path, list, or {path, format, columns, weight, samples, split}")
-    eval: Annotated[list[Source] | float | None, BeforeValidator(_sources)] = Field(
+    eval: Annotated[list[Source] | float | None, BeforeValidator(_sources), ShortForms("path")] = Field(
         default=None, description="the same as train, or a fraction of it to hold out, such as 0.02"
     )
     dataset_dir: str | None = Field(
