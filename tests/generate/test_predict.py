@@ -7,8 +7,9 @@ import json
 import pytest
 
 from tiny_model import save
-from tunery.errors import DataError
+from tunery.errors import DataError, TuneryError
 from tunery.evaluate.text import score
+from tunery.generate import answers
 from tunery.generate import predict as module
 from tunery.generate.base import Request, Sampling
 from tunery.generate.hf import HFGenerator
@@ -125,8 +126,77 @@ def test_other_settings_do_not_join_what_is_there(model, data, tmp_path, monkeyp
         predict(model, data, out, other)
     predict(model, data, out, other, resume=False)
     first = out.read_text()
-    predict(model, data, out, SAMPLING)  # a finished file of other settings is replaced
-    assert out.read_text() != first
+    with pytest.raises(
+        DataError, match=r"out\.jsonl: holds another run's answers \(seed 7 -> 42\); choose .*--no-resume"
+    ):
+        predict(model, data, out, SAMPLING)
+    assert out.read_text() == first
+    rows = json.dumps(ROWS[:1])
+    data.write_text(rows)
+    with pytest.raises(DataError, match=r"out\.jsonl: holds another run's answers \(questions "):
+        predict(model, data, out, other)
+    predict(model, data, out, SAMPLING, resume=False)
+    assert len(lines(out)) == 1
+
+
+def test_the_same_run_again_says_so(model, data, tmp_path, capfd):
+    out = tmp_path / "out.jsonl"
+    expected = predict(model, data, out, SAMPLING)
+    assert "already" not in capfd.readouterr().err
+    assert predict(f"{model}/", data, out, SAMPLING) == expected
+    assert f"{out}: already answered" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (".", r"^\.: is a folder; name a file to write, such as predictions\.jsonl"),
+        ("folder", r"folder: is a folder; .* folder/predictions\.jsonl"),
+        ("/proc/p.jsonl", r"^/proc/p\.jsonl: cannot be written: .*; choose another"),
+        ("mine.txt/p.jsonl", r"p\.jsonl: cannot be written"),
+        ("mine.txt", r"mine\.txt: holds something else than answers; choose another"),
+        ("done.jsonl", r"done\.jsonl: holds another run's answers \(temperature 0\.5 -> 1\.0\)"),
+        ("rows.json", r"rows\.json: holds the rows to answer"),
+    ],
+)
+def test_where_to_write_is_checked_before_the_model_loads(data, tmp_path, monkeypatch, out, words):
+    monkeypatch.setattr(module, "load_target", lambda *args, **options: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "done.jsonl").write_text("{}")
+    settings = {"target": "m", **SAMPLING.model_dump(mode="json"), "temperature": 0.5}
+    (tmp_path / "done.scores.json").write_text(json.dumps({"settings": settings}))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(DataError, match=words):
+        predict("m", data, out, SAMPLING)
+    with pytest.raises(TuneryError):
+        predict("m", "no_such.jsonl", "new.jsonl", SAMPLING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_run_stopped_between_its_last_two_files_goes_on(model, data, tmp_path, monkeypatch):
+    """The answers are there, their scores are not yet, and `.partial` tells whose they are."""
+    out = tmp_path / "out.jsonl"
+    expected = predict(model, data, tmp_path / "whole.jsonl", SAMPLING)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(answers, "write_json", lambda *args: (_ for _ in ()).throw(Killed))
+        predict(model, data, out, SAMPLING)
+    assert out.exists()
+    assert predict(model, data, out, SAMPLING) == expected
+
+
+def test_a_full_disk_is_one_clear_error(model, data, tmp_path, monkeypatch):
+    def full(value):
+        if "index" in value:
+            raise OSError(28, "No space left on device")
+        return json.dumps(value) + "\n"
+
+    monkeypatch.setattr(module, "json_line", full)
+    with pytest.raises(
+        DataError, match=r"out\.jsonl\.partial: cannot be written: No space left on device; 0 of 4 rows"
+    ):
+        predict(model, data, tmp_path / "out.jsonl", SAMPLING)
 
 
 def test_damage_in_the_middle_is_an_error(model, data, tmp_path, monkeypatch):

@@ -15,7 +15,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tunery.errors import DataError, MissingExtraError
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
+from tunery.errors import DataError
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 UNSPACED = "\u3040-\u30ff\uff66-\uff9f\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -35,10 +38,6 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, An
         raise DataError(f"{len(predictions)} predictions for {len(references)} references: one each is needed")
     if not predictions:
         raise DataError("no rows to score")
-    try:
-        import sacrebleu
-    except ImportError:
-        raise MissingExtraError("sacrebleu", "eval") from None
     tokenizer = bleu_tokenizer(references)
     equal = sum(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True))
     return {
@@ -74,10 +73,6 @@ class _RougeTokenizer:
 
 
 def _rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise MissingExtraError("rouge-score", "eval") from None
     names = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
     scorer = RougeScorer(list(names), tokenizer=_RougeTokenizer())
     rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)]

@@ -20,10 +20,11 @@ from tunery.config import validate
 from tunery.data.examples import read_examples
 from tunery.data.render import RowRefused
 from tunery.data.report import RefusedRow, SourceReport
-from tunery.data.sources import Source, locate
+from tunery.data.sources import Located, Source, locate
 from tunery.errors import DataError
 from tunery.evaluate.text import score
-from tunery.files import json_line, write_json, write_text
+from tunery.files import json_line
+from tunery.generate.answers import Files
 from tunery.generate.base import Request, Sampling
 from tunery.generate.hf import HFGenerator
 from tunery.models.target import Loaded, Target, load_target
@@ -60,47 +61,61 @@ def predict(
     used, are shown on `console` (rich; None: standard error).
 
     Until all rows are answered they gather in `<out>.partial`. With `resume` an interrupted run of the same target,
-    data and sampling goes on from there, and a finished one is not done again. Raises DataError where `<out>.partial`
-    belongs to another run or no row can be used, ModelError for the target."""
-    out = Path(out)
+    data and sampling goes on from there, and a finished one is not done again; without, what is at `out` is replaced.
+    Raises DataError where `out` cannot be written, `out` or `<out>.partial` holds something else than this run's
+    answers, or no row can be used; ModelError for the target. What can be found wrong before the model loads is."""
+    files = Files.at(out)
     sampling = sampling or Sampling()
-    loaded = load_target(target, dtype=dtype, device=device, template=template)
-    generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template, batch_tokens=batch_tokens)
     console = console or Console(stderr=True)
     values = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
     values |= {"samples": samples} if samples is not None else {}
-    questions, refused, rows = _read(validate(Source, values), dataset_dir, generator, console)
+    located = locate(validate(Source, values), "data", dataset_dir)
+    files.check_writable(located.files)
+    if resume:
+        files.check_unclaimed({"target": _plain(str(target)), **sampling.model_dump(mode="json")})
+    loaded = load_target(target, dtype=dtype, device=device, template=template)
+    generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template, batch_tokens=batch_tokens)
+    questions, refused, rows = _read(located, generator, console)
     settings = _settings(loaded, questions, sampling)
-    scores_path = out.with_name(f"{out.stem}.scores.json")
-    if resume and out.is_file() and (done := _finished(scores_path, settings)):
-        return done
-    partial = out.with_name(out.name + ".partial")
-    answers = _begin(partial, settings, resume)
+    if resume:
+        files.check_unclaimed(settings)
+        if (done := files.finished(settings)) is not None:
+            say = f"{files.out}: already answered, by the same run; --no-resume answers anew"
+            console.print(say, markup=False, highlight=False, soft_wrap=True)
+            return done
+    answers = files.begin(settings, resume)
     missing = [i for i in range(len(questions)) if i not in answers]
     requests = [Request(ids=questions[i].ids, number=i) for i in missing]
     try:
-        with partial.open("a", encoding="utf-8") as file:
+        with files.partial.open("a", encoding="utf-8") as file:
             for completion in _shown(generator.generate(requests, sampling), len(questions), len(answers), console):
                 answer = {"predict": answer_text(completion), "finish": completion.finish}
-                answers[completion.index] = answer
                 file.write(json_line({"index": completion.index, **answer}))
                 file.flush()
+                answers[completion.index] = answer
     except KeyboardInterrupt:
         console.print(f"stopped: {len(answers)} of {len(questions)} rows are answered; the same command goes on")
         raise
+    except OSError as error:
+        raise DataError(
+            f"{files.partial}: cannot be written: {error.strerror or error}; {len(answers)} of {len(questions)} rows "
+            "are answered, and the same command goes on from there"
+        ) from error
     ordered = [answers[i] for i in range(len(questions))]
-    write_text(out, "".join(json_line(row) for row in _rows(questions, ordered, loaded.tokenizer)))
-    labelled = [(a["predict"], q.label) for q, a in zip(questions, ordered, strict=True) if q.label is not None]
-    scores = score(*zip(*labelled, strict=True)) if labelled else {}  # type: ignore[arg-type]
-    result = {
-        **scores,
+    result = _scores(questions, ordered, rows)
+    reasons = dict(Counter(r.reason for r in refused))
+    files.finish(_rows(questions, ordered, loaded.tokenizer), {**result, "reasons": reasons, "settings": settings})
+    return result
+
+
+def _scores(questions: Sequence[Question], answers: Sequence[dict[str, Any]], rows: int) -> dict[str, Any]:
+    labelled = [(a["predict"], q.label) for q, a in zip(questions, answers, strict=True) if q.label is not None]
+    return {
+        **(score(*zip(*labelled, strict=True)) if labelled else {}),  # type: ignore[arg-type]
         "answered": len(questions),
         "refused": rows - len(questions),
-        "cut": sum(answer["finish"] == "length" for answer in ordered),
+        "cut": sum(answer["finish"] == "length" for answer in answers),
     }
-    write_json(scores_path, {**result, "reasons": dict(Counter(r.reason for r in refused)), "settings": settings})
-    partial.unlink()
-    return result
 
 
 def answer(
@@ -157,15 +172,13 @@ def answer_text(completion: Completion) -> str:
     return completion.text if completion.message is None else message_text(completion.message)
 
 
-def _read(
-    source: Source, dataset_dir: str | None, generator: HFGenerator, console: Console
-) -> tuple[list[Question], list[RefusedRow], int]:
+def _read(located: Located, generator: HFGenerator, console: Console) -> tuple[list[Question], list[RefusedRow], int]:
     """The questions of a source, the rows that give none (which are shown), and the number of rows."""
-    report = SourceReport("data", source.path)
+    report = SourceReport("data", located.source.path)
     questions: list[Question] = []
     refused: list[RefusedRow] = []
     rows = 0
-    for file, row, example in read_examples(locate(source, "data", dataset_dir), report):
+    for file, row, example in read_examples(located, report):
         rows += 1
         asked = example if isinstance(example, Refused) else question(example, generator)
         if isinstance(asked, Refused):
@@ -173,7 +186,7 @@ def _read(
         else:
             questions.append(asked)
     if refused:
-        lines = [f"{len(refused):,} of {rows:,} rows of {source.path} cannot be answered:"]
+        lines = [f"{len(refused):,} of {rows:,} rows of {located.source.path} cannot be answered:"]
         lines += [f"  {row}" for row in refused[:5]] + (["  ..."] if len(refused) > 5 else [])
         if not questions:
             raise DataError("\n".join(lines))
@@ -191,19 +204,24 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-# ---------------------------------------------------------------- going on after an interruption
+# ---------------------------------------------------------------- what the answers depend on
 
 
 def _settings(loaded: Loaded, questions: Sequence[Question], sampling: Sampling) -> dict[str, Any]:
     """What the answers depend on; a partial file goes on only under the same."""
     asked = hashlib.sha256(json.dumps([[q.ids, q.label] for q in questions]).encode()).hexdigest()[:16]
     return {
-        "target": loaded.target.name,
+        "target": _plain(loaded.target.name),
         "weights": _stamp(loaded.target),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "questions": asked,
         **sampling.model_dump(mode="json"),
     }
+
+
+def _plain(name: str) -> str:
+    """The target as it is compared: a folder with a slash at its end, as shells complete it, is the same folder."""
+    return str(Path(name))
 
 
 def _stamp(target: Target) -> str:
@@ -212,44 +230,6 @@ def _stamp(target: Target) -> str:
     files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
     seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([seen, target.base.revision]).encode()).hexdigest()[:16]
-
-
-def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The scores of a finished run under the same settings."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if values.pop("settings", None) != settings:
-        return None
-    values.pop("reasons", None)
-    return values
-
-
-def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> dict[int, dict[str, Any]]:
-    """The answers that an interrupted run left, by row. Its first line holds its settings; a last line that was cut
-    off in the middle is taken away, so that the next one does not join it."""
-    answers: dict[int, dict[str, Any]] = {}
-    lines = partial.read_bytes().split(b"\n")[:-1] if resume and partial.is_file() else []
-    if lines:
-        before = _line(lines[0], partial, 1)
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            what = ", ".join(f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in changed)
-            raise DataError(f"{partial}: is of a run that was interrupted, under other settings ({what}); remove it")
-        for number, line in enumerate(lines[1:], 2):
-            values = _line(line, partial, number)
-            answers[values.pop("index")] = values
-    kept = [settings, *({"index": i, **values} for i, values in answers.items())]
-    write_text(partial, "".join(json_line(row) for row in kept))
-    return answers
-
-
-def _line(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: is damaged ({error}); remove the file to begin anew") from None
 
 
 def _shown(completions: Iterator[Completion], total: int, done: int, console: Console) -> Iterator[Completion]:
