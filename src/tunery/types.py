@@ -96,7 +96,8 @@ class Batch:
     `ids_T`, `targets_T` int64; `weights_T` float32; `positions_T` int64, restarting at 0 in each sequence;
     `cu_seqlens` int32 [R + 1], cumulative lengths; `max_seqlen` the longest sequence; `labelled_N` int64, the
     positions of nonzero weight (found here, on the CPU, so that a device never has to be asked); `rows` the example
-    number of each sequence (for messages to people); `extra` what an objective wants carried along."""
+    number of each sequence (for messages to people); `extra` the sequences' Tokens.extra: an array [T] of each as one
+    tensor [T] beside `ids_T`, a number of each as a tensor [R]."""
 
     ids_T: Tensor
     targets_T: Tensor

@@ -145,6 +145,20 @@ def test_recognised_by_its_vocabulary():
     assert not is_llamafactory({})
 
 
+def test_a_mixture_of_both_vocabularies_is_one_line():
+    mixed = {"model_name_or_path": "x", "stage": "sft", "dataset": "y", "adapter": "lora"}
+    with pytest.raises(ConfigError) as caught:
+        is_llamafactory(mixed)
+    assert "\n" not in str(caught.value)
+    assert "LLaMA-Factory's keys (model_name_or_path, stage) with ours (adapter)" in str(caught.value)
+
+
+def test_our_own_file_needs_no_conversion(tmp_path):
+    (tmp_path / "ours.yaml").write_text("model: builtin:tiny\ndata: {train: rows.jsonl}\n")
+    with pytest.raises(ConfigError, match=r"ours\.yaml: is in Tunery's shape already"):
+        load(tmp_path / "ours.yaml")
+
+
 # ---------------------------------------------------------------- meaning
 
 

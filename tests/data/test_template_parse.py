@@ -130,3 +130,23 @@ def test_harmony():
     )
     assert parse_answer(text) == Message("assistant", "", tool_calls=(PARIS,), reasoning="Hm.")
     assert parse_answer("<|channel|>final<|message|>Yes, 1 < 2.") == Message("assistant", "Yes, 1 < 2.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a <tool_call> x",
+        "a <tool_call>.",
+        "a <tool_call>. </tool_call>",
+        "<tool_call>two words</tool_call>",
+        "<tool_call>f<arg_key>a</arg_key> and no value</tool_call>",
+    ],
+)
+def test_a_word_after_the_tag_is_no_call(text):
+    assert parse_answer(text) == Message("assistant", text)
+
+
+def test_a_call_without_arguments_is_one_when_closed():
+    assert parse_answer("<tool_call>now\n</tool_call>").tool_calls == (ToolCall("now", {}),)
+    open_call = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+    assert parse_answer(open_call).tool_calls == (PARIS,)

@@ -39,8 +39,14 @@ class Converted:
 
 
 def is_llamafactory(values: Mapping[str, Any]) -> bool:
-    """Whether a mapping is in LLaMA-Factory's vocabulary and not in ours."""
-    return any(name in values for name in MARKS) and not any(name in values for name in SECTIONS)
+    """Whether a mapping is in LLaMA-Factory's vocabulary, not in ours. Raises ConfigError where it is in both."""
+    theirs, ours = ([name for name in names if name in values] for names in (MARKS, SECTIONS))
+    if theirs and ours:
+        raise ConfigError(
+            f"the file mixes LLaMA-Factory's keys ({', '.join(theirs)}) with ours ({', '.join(ours)}): keep to one; "
+            "`tunery convert` prints a file of theirs as ours"
+        )
+    return bool(theirs)
 
 
 def convert(values: Mapping[str, Any], where: str = "") -> Converted:
@@ -64,7 +70,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Converted:
     before the conversion, `optimizer.lr=1e-4` after it. Raises ConfigError."""
     ours = [word for word in overrides if word.partition("=")[0].split(".")[0] in SECTIONS]
     theirs = [word for word in overrides if word not in ours]
-    converted = convert(apply_overrides(read_config(path), theirs), where=str(path))
+    values = read_config(path)
+    try:
+        if not is_llamafactory(values) and any(name in values for name in SECTIONS):
+            raise ConfigError("is in Tunery's shape already; there is nothing to convert")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    converted = convert(apply_overrides(values, theirs), where=str(path))
     if ours and converted.action != "train":
         raise ConfigError(f"{path}: is an export file, and {ours[0]!r} is about training")
     converted.config = apply_overrides(converted.config, ours)

@@ -102,9 +102,9 @@ def _hermes(text: str) -> Found:
 
     def read(match: re.Match[str]) -> ToolCall | None:
         body = match.group(1).strip()
-        return _call(_json(body)) or _function_tags(body) or _argument_tags(body)
+        return _call(_json(body)) or _function_tags(body) or _argument_tags(body, closed=bool(match.group(2)))
 
-    return _each(r"<(?:seed:)?tool_call>(.*?)(?:</(?:seed:)?tool_call>|\Z)", text, read)
+    return _each(r"<(?:seed:)?tool_call>(.*?)(</(?:seed:)?tool_call>|\Z)", text, read)
 
 
 def _function_tags(body: str) -> ToolCall | None:
@@ -116,11 +116,19 @@ def _function_tags(body: str) -> ToolCall | None:
     return ToolCall(function.group(1), {key: _value(value) for key, value in pairs})
 
 
-def _argument_tags(body: str) -> ToolCall | None:
-    """NAME <arg_key>KEY</arg_key> <arg_value>VALUE</arg_value> ..."""
-    name = re.match(r"([\w.-]+)\s*(?=<arg_key>|\Z)", body)
-    pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", body, flags=re.DOTALL)
-    return ToolCall(name.group(1), {key: _value(value) for key, value in pairs}) if name else None
+_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+
+
+def _argument_tags(body: str, closed: bool) -> ToolCall | None:
+    """NAME <arg_key>KEY</arg_key> <arg_value>VALUE</arg_value> ... A name alone is a call only where the call was
+    `closed`: otherwise any word after the tag would be one."""
+    name = re.match(r"([A-Za-z_][\w.-]*)\s*", body)
+    if name is None:
+        return None
+    arguments, end = {}, name.end()
+    while pair := _PAIR.match(body, end):
+        arguments[pair.group(1)], end = _value(pair.group(2)), pair.end()
+    return ToolCall(name.group(1), arguments) if end == len(body) and (arguments or closed) else None
 
 
 def _value(text: str) -> Any:
