@@ -18,7 +18,7 @@ from typing import Any
 
 from tunery.job import load_job
 from tunery.loop import run_job
-from tunery.setup import versions
+from tunery.run_folder import versions
 
 HERE = Path(__file__).resolve().parent
 # Cross-entropy per token of the untrained models on plain Dolly text (assets' README: 100 rows, 512-token cap).

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import tunery
 from tiny_runs import tiny_job
 from tunery.errors import ConfigError
-from tunery.setup import write_config
+from tunery.run_folder import write_config
 
 
 def test_train_takes_files_mappings_and_jobs(tmp_path):

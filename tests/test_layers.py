@@ -24,6 +24,7 @@ LAYERS = [
     ["history", "diagnose", "checkpoint", "engine", "guard", "plots", "results", "run_report", "trackers", "report"],
     ["evaluate.text", "evaluate.loss"],
     ["generate", "export"],
+    ["run_folder"],
     ["setup"],
     ["evaluate"],
     ["loop", "replay"],

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_runs import losses, tiny_job
-from tunery.errors import ConfigError, NonFiniteError
+from tunery.errors import ConfigError, DataError, NonFiniteError
 from tunery.loop import run_job
+from tunery.schedule import factor
 
 
 def final_weights(output: Path) -> dict[str, torch.Tensor]:
@@ -25,6 +26,12 @@ def final_weights(output: Path) -> dict[str, torch.Tensor]:
 def same(a: Path, b: Path) -> bool:
     x, y = final_weights(a), final_weights(b)
     return x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
+
+
+def logged(output: str | Path, key: str) -> list[float]:
+    """A number of every step of a run."""
+    lines = [json.loads(line) for line in (Path(output) / "trainer_log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
 
 
 CUTS = {
@@ -40,11 +47,14 @@ CUTS = {
 def test_the_step_does_not_depend_on_the_cut(tmp_path, adapter):
     curves, weights = [], []
     for number, train in enumerate(CUTS.values()):
+        # no clipping: it would hide a gradient of the wrong size, and so does AdamW
+        train = {**train, "max_grad_norm": None}
         job = tiny_job(tmp_path, train=train, adapter=adapter, output=str(tmp_path / f"run{number}"))
         run_job(job)
-        curves.append(losses(job.output))
+        curves.append(losses(job.output) + logged(job.output, "grad_norm"))
         weights.append(final_weights(Path(job.output)))
-    assert len(curves[0]) == 6 and curves[0][-1] < curves[0][0]
+    assert len(curves[0]) == 12 and curves[0][5] < curves[0][0]
+    assert 0.05 < curves[0][6] < 50  # the gradient of a mean over tokens, not of a sum of hundreds
     for curve, weight in zip(curves[1:], weights[1:], strict=True):
         assert curve == pytest.approx(curves[0], rel=1e-11)
         for name, value in weight.items():
@@ -99,6 +109,95 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, changes):
     old, new = (torch.load(Path(o) / "checkpoint-6" / "optimizer.pt") for o in (whole.output, cut))
     for key, state in old["state"].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(new["state"][key][k])) for k, v in state.items())
+
+
+def test_the_learning_rate_is_the_schedules_and_the_gradient_is_clipped(tmp_path):
+    job = tiny_job(tmp_path, adapter="full", schedule={"kind": "cosine", "warmup": 2}, train={"max_grad_norm": 1e-9})
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    run_job(job)
+    assert logged(job.output, "lr") == pytest.approx([1e-2 * factor(job.schedule, step, 6) for step in range(6)])
+    free = tiny_job(tmp_path, adapter="full", train={"max_grad_norm": None}, output=str(tmp_path / "free"))
+    run_job(free)
+
+    def moved(output: str) -> float:
+        after = final_weights(Path(output))
+        return max(float((after[name] - before[name]).abs().max()) for name in after if name in before)
+
+    # AdamW's step does not depend on the gradient's size unless it is as small as its epsilon of 1e-8
+    assert moved(job.output) < 0.2 * moved(free.output)
+
+
+def test_noise_differs_from_step_to_step(tmp_path):
+    """The same rows each step, a learning rate that moves nothing: only the noise can change the loss."""
+    job = tiny_job(
+        tmp_path, optimizer={"lr": 1e-30}, train={"neftune": 5.0, "batch_size": 24, "max_steps": 3}, data={"eval": None}
+    )
+    run_job(job)
+    assert len(set(losses(job.output))) == 3
+
+
+def test_evaluation_is_by_tokens_and_without_dropout(tmp_path):
+    """However the held-out rows are cut, their loss is one number; with dropout on it would not be."""
+    found = []
+    for number, tokens in enumerate((40, 100_000)):
+        adapter = {"kind": "lora", "rank": 4, "dropout": 0.5}
+        output = str(tmp_path / str(number))
+        job = tiny_job(tmp_path, adapter=adapter, train={"micro_tokens": tokens, "max_steps": 1}, output=output)
+        run_job(job)
+        found.append(logged(output, "eval_loss")[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_changed_rows_are_noticed(tmp_path):
+    job = tiny_job(tmp_path, train={"save_every": 2})
+    run_job(job)
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(rows.read_text().replace("alpha", "omega"))
+    with pytest.raises(DataError, match="the train data have changed"):
+        run_job(job)
+    (Path(job.output) / "all_results.json").unlink()
+    with pytest.raises(DataError, match="the train data have changed"):
+        run_job(job)
+
+
+def test_a_checkpoint_of_another_run_is_not_mixed_in(tmp_path):
+    first = tiny_job(tmp_path)
+    run_job(first)
+    second = tiny_job(tmp_path, adapter="full", output=str(tmp_path / "second"))
+    run_job(second)
+    resume = {"resume": str(tmp_path / "second" / "checkpoint-6")}
+    with pytest.raises(ConfigError, match="a run of its own"):
+        run_job(tiny_job(tmp_path, adapter="full", train=resume))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eval": {"patience": 2}, "data": {"eval": None}}, r"eval\.patience"),
+        ({"eval": {"generate": 2}, "data": {"eval": None}}, r"eval\.generate"),
+        ({"model": {"random_init": True}}, "fits no base"),
+        ({"model": {"revision": "x"}}, "no revisions"),
+    ],
+)
+def test_options_that_could_do_nothing_are_refused(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        run_job(tiny_job(tmp_path, **changes))
+
+
+def test_an_adapter_as_the_model_is_explained(tmp_path):
+    job = tiny_job(tmp_path)
+    run_job(job)
+    with pytest.raises(ConfigError, match=r"is an adapter; .*model\.init_from"):
+        run_job(tiny_job(tmp_path, model={"name": job.output}, output=str(tmp_path / "other")))
+
+
+def test_rows_longer_than_the_context_are_said_or_refused(tmp_path):
+    job = tiny_job(tmp_path)
+    config = tmp_path / "model" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "max_position_embeddings": 20}))
+    run_job(job)
+    assert "longer than the 20 tokens" in (Path(job.output) / "report.md").read_text()
 
 
 def test_a_finished_run_is_not_run_again_and_another_is_not_mixed_in(tmp_path):

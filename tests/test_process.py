@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tiny_runs import losses, tiny_job
 from tunery.checkpoint import list_checkpoints
-from tunery.setup import write_config
+from tunery.run_folder import write_config
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +93,8 @@ def test_ctrl_c_saves_says_so_and_exits_130(tmp_path):
 
 
 def test_two_ranks_take_the_same_steps_as_one(tmp_path):
-    path = job_file(tmp_path, train={"epochs": 2, "batch_size": 7, "micro_tokens": 60})
+    showing = {"generate": 5, "max_new_tokens": 6}
+    path = job_file(tmp_path, train={"epochs": 2, "batch_size": 7, "micro_tokens": 60}, eval=showing)
     train(path, f"output={tmp_path / 'one'}")
     process = start(
         "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_400 + os.getpid() % 500,
@@ -105,6 +106,8 @@ def test_two_ranks_take_the_same_steps_as_one(tmp_path):
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-8, atol=1e-10)
+    answers = [(tmp_path / n / "generated_predictions.jsonl").read_text() for n in ("one", "two")]
+    assert answers[0] == answers[1] and answers[0].count("\n") == 5
     evaluations = [json.loads((tmp_path / n / "eval_results.json").read_text())["eval_loss"] for n in ("one", "two")]
     assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-11)
 

@@ -51,7 +51,7 @@ def trainer_losses(job, folder: Path) -> list[float]:
 
     engine = Engine(job.model.dtype)
     job = resolve(job, engine)
-    _, _, _, data = read_data(job)
+    data = read_data(job).data
     loader = Loader(data.train, batch_size=8, seed=3, shuffle=True, how=Cut(512))
     order = [row for step in range(2 * loader.steps_per_epoch) for row in loader.rows(step)]
     from tunery.config import build

@@ -31,6 +31,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**SHAPE, "num_local_experts": 4}),
     "qwen2_moe": ("Qwen2MoeConfig", {**SHAPE, **EXPERTS, "shared_expert_intermediate_size": 16}),
     "bloom": ("BloomConfig", {**OLD, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "afmoe": ("AfmoeConfig", {**SHAPE, **EXPERTS, "head_dim": 8}),
+    "doge": ("DogeConfig", SHAPE),
     "falcon": ("FalconConfig", {**OLD, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
 }
 

@@ -22,6 +22,7 @@ from tunery.errors import TuneryError
 from tunery.files import make_readable
 
 STATE = "tunery_state.json"
+_GO_BACK = "remove this checkpoint to go on from the one before"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -96,11 +97,14 @@ def flush_folder(folder: Path) -> None:
 def load_state(folder: Path) -> dict[str, Any]:
     """The state saved in a checkpoint. Raises CheckpointError naming what is wrong with it."""
     try:
-        return json.loads((folder / STATE).read_text())
+        state = json.loads((folder / STATE).read_text())
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise ValueError("it does not say which step it is of")
+        return state
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: not a checkpoint of Tunery (it has no {STATE})") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from error
+        raise CheckpointError(f"{folder / STATE}: cannot be read: {error}; {_GO_BACK}") from error
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -108,7 +112,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     try:
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / 'optimizer.pt'}: cannot be loaded: {error}") from error
+        what = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder / 'optimizer.pt'}: cannot be loaded: {what}; {_GO_BACK}") from error
 
 
 def check_room(output: Path, bytes_needed: int) -> None:
@@ -124,6 +129,6 @@ def check_room(output: Path, bytes_needed: int) -> None:
     free = shutil.disk_usage(output).free
     if free < bytes_needed:
         raise CheckpointError(
-            f"output: {output} has {free / 1e9:.1f} GB free and the run will write about {bytes_needed / 1e9:.1f} GB; "
-            "free some, or lower train.keep"
+            f"output: {output} has {free / 1e6:,.0f} MB free and the run will write about "
+            f"{bytes_needed / 1e6:,.0f} MB; free some, or lower train.keep"
         )

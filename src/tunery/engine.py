@@ -134,11 +134,6 @@ class Engine:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def describe(self) -> dict[str, Any]:
-        """For the log and the run report."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        return {"device": name, "ranks": self.world, "dtype": str(self.dtype).removeprefix("torch.")}
-
     def close(self) -> None:
         """Leave the process group, if torchrun made one. Never waits for the others: one of them may have failed."""
         if self.world > 1:

@@ -21,7 +21,8 @@ BARS, WIDTH = 12, 48
 def inspect(job: Job, console: Any, rows: int = 2, seed: int = 0) -> None:
     """Print, for `rows` examples drawn by `seed`, each sequence as tokens (trained ones green, others dim, partly
     weighted ones yellow), its exact text and its trained text; then the lengths of all as a histogram."""
-    tokenizer, template, _, data = read_data(job, console)
+    read = read_data(job, console)
+    tokenizer, template, data = read.tokenizer, read.template, read.data
     data.report.print(console)
     if not isinstance(data.train, TokenStore):
         raise ConfigError("data.streaming: inspect looks at data in memory; set it to false (and samples, if need be)")

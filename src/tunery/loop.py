@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from tunery import checkpoint, guard
+from tunery.checkpoint import check_room
 from tunery.data.loader import evaluation_streams
 from tunery.data.store import TokenStore
 from tunery.engine import Engine
@@ -27,14 +29,24 @@ from tunery.job import Job
 from tunery.models.load import load_model
 from tunery.models.target import load_adapter
 from tunery.report import NullReport, Report
+from tunery.run_folder import (
+    REFUSED,
+    find_resume,
+    is_finished,
+    open_folder,
+    same_data,
+    write_config,
+    write_data_report,
+)
 from tunery.schedule import factor
 from tunery.setup import (
-    REFUSED,
     Run,
+    announce,
     base_name,
+    beyond_context,
     data_counts,
     interval,
-    is_finished,
+    read_data,
     resolve,
     save_interval,
     save_tokenizer,
@@ -60,15 +72,28 @@ class Result:
 
 def run_job(job: Job, console: Any = None) -> Result:
     """Train, evaluate and report, on this rank. Raises TuneryError; Interrupted after Ctrl-C."""
+    output = Path(job.output)
+    first_rank = int(os.environ.get("RANK", "0")) == 0
+    if first_rank:
+        check_room(output, 0)
+    read = read_data(job, console if first_rank else None)
     engine = Engine(job.model.dtype)
     try:
-        finished = is_finished(resolve(job, engine), Path(job.output))
+        job = resolve(job, engine)
+        finished = is_finished(job, output)
+        resume = None if finished else find_resume(job, output)
+        if finished or (resume is not None and resume.parent.resolve() == output.resolve()):
+            same_data(read.data, output)
         engine.barrier()  # before the first rank changes anything in the folder
         if finished:
-            return Result(Path(job.output), already_finished=True)
-        run = set_up(job, engine, console)
-        if console is not None and engine.is_main:
-            run.data.report.print(console)
+            return Result(output, already_finished=True)
+        open_folder(job, output, resume, engine.is_main)
+        if engine.is_main:
+            write_config(job, output)
+            write_data_report(read.data, output)
+            if console is not None:
+                read.data.report.print(console)
+        run = set_up(job, engine, read, resume)
         with _make_report(run, console) as report:
             return _train(run, report)
     finally:
@@ -277,6 +302,9 @@ def _make_report(run: Run, console: Any) -> Report | NullReport:
         peak_flops=peak_flops(run.engine.device, run.engine.dtype) * run.engine.world,
         job=job.model_dump(mode="json"), counts=data_counts(run), versions=run.versions, console=console,
     )  # fmt: skip
-    for note in run.policy.notes:
+    for note in announce(run):
         report.note(note)
+    warning = beyond_context(job, run.data)
+    if warning is not None:
+        report.warn(warning)
     return report

@@ -6,6 +6,7 @@ run one sequence at a time, or through its own head, and that is said."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunery.errors import ModelError
-from tunery.kernels.linear_cross_entropy import CHUNK_LOGITS, linear_cross_entropy
+from tunery.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from tunery.models.attention import library_attention, set_attention
 from tunery.models.parts import Parts, cap_and_scale, take_apart, unwrap
 from tunery.types import Batch
 
@@ -22,15 +23,25 @@ from tunery.types import Batch
 # sees its neighbour causes 0.08 and more at this length, in random tiny models as in trained ones.
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 PROBE_LENGTH = 32
+LOW = (torch.bfloat16, torch.float16)
 
 
 class CausalPolicy:
     """A causal language model (transformers, or PEFT around one).
 
     `dtype` is that of the arithmetic: where parameters are wider, the forward runs under autocast. `neftune` is the
-    noise alpha of NEFTune (arXiv:2310.05914) or None. `notes` says which shortcuts the model could not take."""
+    noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any).
+    Batches of several sequences are always taken; where `packs` is False they are run one by one. `notes` says which
+    shortcuts the model could not take."""
 
-    def __init__(self, model: nn.Module, *, dtype: torch.dtype = torch.float32, neftune: float | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype = torch.float32,
+        neftune: float | None = None,
+        max_length: int | None = None,
+    ):
         self.model = model
         self.causal: Any = unwrap(model)
         self.dtype = dtype
@@ -38,7 +49,9 @@ class CausalPolicy:
         self.notes: list[str] = []
         self.device = next(model.parameters()).device
         self.parts: Parts | None = take_apart(model)
-        self.packs = True
+        self.packs = not _rotary_of_the_whole(self.causal.config, max_length)
+        if not self.packs:
+            self._alone("its rotary frequencies depend on the longest sequence of a stream")
         self._probe()
 
     # ------------------------------------------------------------------ forwards
@@ -67,11 +80,13 @@ class CausalPolicy:
         return torch.zeros(batch.n_tokens, dtype=logps_N.dtype, device=logps_N.device).index_put((rows,), logps_N)
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """The backbone's last hidden states, [T, H]."""
+        """The backbone's last hidden states, [T, H], in the arithmetic's dtype."""
         assert self.parts is not None
+        backbone = self.parts.backbone
         with self.autocast():
-            out = self.parts.backbone(use_cache=False, **self._inputs(batch))
-        return out.last_hidden_state[0]
+            pieces = [backbone(use_cache=False, **inputs).last_hidden_state[0] for inputs in self._inputs(batch)]
+        hidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return hidden.to(self.dtype) if self.dtype in LOW else hidden
 
     def _logps_of(self, h_NH: Tensor, targets_N: Tensor) -> Tensor:
         """Per-row log-probabilities in chunks, [N]."""
@@ -83,7 +98,7 @@ class CausalPolicy:
                 z = cap_and_scale(parts.head(h), parts.scale, parts.softcap)
             return z.gather(1, y[:, None])[:, 0] - z.logsumexp(-1)
 
-        size = max(1, CHUNK_LOGITS // parts.causal.config.get_text_config().vocab_size)
+        size = chunk_rows(parts.causal.config.get_text_config().vocab_size, h_NH.device)
         pieces = [
             checkpoint(chunk_logps, h, y, use_reentrant=False)
             for h, y in zip(h_NH.split(size), targets_N.split(size), strict=True)
@@ -93,37 +108,38 @@ class CausalPolicy:
     def _logps_full(self, batch: Batch) -> Tensor:
         """Per-token log-probabilities through the model's own head, [T]."""
         with self.autocast():
-            logits = self.causal(use_cache=False, **self._inputs(batch)).logits[0]
+            pieces = [self.causal(use_cache=False, **inputs).logits[0] for inputs in self._inputs(batch)]
+        logits = torch.cat(pieces)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.gather(1, batch.targets_T[:, None])[:, 0] - logits.logsumexp(-1)
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"position_ids": batch.positions_T[None]}
-        if self.packs:
-            longest = batch.max_seqlen
-            inputs |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
-            inputs |= {"max_length_q": longest, "max_length_k": longest}
-        elif batch.n_sequences > 1:
-            raise ModelError("this model takes one sequence a stream; the loader must not pack for it")
+    def _inputs(self, batch: Batch) -> Iterator[dict[str, Any]]:
+        """What the model is called with: the whole stream at once, or one sequence after the other."""
+        key, whole = "input_ids", batch.ids_T
         if self.neftune is not None and self.model.training:
-            inputs["inputs_embeds"] = self._noisy_embeddings(batch)
-        else:
-            inputs["input_ids"] = batch.ids_T[None]
-        return inputs
+            key, whole = "inputs_embeds", self._noisy_embeddings(batch)
+        if self.packs:
+            boundaries = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+            boundaries |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
+            yield {key: whole[None], "position_ids": batch.positions_T[None], **boundaries}
+            return
+        lengths = batch.cu_seqlens.diff().tolist()
+        for piece, positions in zip(whole.split(lengths), batch.positions_T.split(lengths), strict=True):
+            yield {key: piece[None], "position_ids": positions[None]}
 
     def _noisy_embeddings(self, batch: Batch) -> Tensor:
-        """NEFTune, eq. in section 2: x + (alpha / sqrt(L d)) * Uniform(-1, 1), with L the length of each sequence."""
+        """[T, H]. NEFTune, section 2: x + (alpha / sqrt(L d)) * Uniform(-1, 1), with L the length of each sequence."""
         assert self.neftune is not None
         with self.autocast():
-            embeds = self.causal.get_input_embeddings()(batch.ids_T[None])
+            embeds = self.causal.get_input_embeddings()(batch.ids_T)
         lengths = batch.cu_seqlens.diff()
         lengths_T = lengths.repeat_interleave(lengths, output_size=batch.n_tokens)
         scale_T = self.neftune / (lengths_T * embeds.shape[-1]).to(embeds.dtype).sqrt()
-        return embeds + torch.empty_like(embeds).uniform_(-1, 1) * scale_T[None, :, None]
+        return embeds + torch.empty_like(embeds).uniform_(-1, 1) * scale_T[:, None]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic the model trains in: parameters wider than `dtype` are cast as they are used."""
-        if self.dtype in (torch.bfloat16, torch.float16):
+        if self.dtype in LOW:
             return torch.autocast(self.device.type, dtype=self.dtype)
         return nullcontext()
 
@@ -143,18 +159,22 @@ class CausalPolicy:
         self.model.train(was_training)
 
     def _compare(self, first: Tensor, second: Tensor, own: list[Tensor]) -> None:
-        name = type(self.causal).__name__
-        if not self._packed_equals(first, second, own):
+        if self.packs and not self._packed_equals(first, second, own):
             self.packs = False
-            self.notes.append(
-                f"{name} does not keep packed sequences apart, so each stream holds one sequence (slower, same result)"
-            )
+            # Whatever the reason, the library's own attention on one sequence at a time is right.
+            set_attention(self.causal, "sdpa")
+            self._alone("it does not keep packed sequences apart")
         if self.parts is not None and not self._parts_equal(first, own[0]):
             self.parts = None
+            name = type(self.causal).__name__
             self.notes.append(
                 f"{name} does more than backbone and head, so its own forward makes all the logits (more memory, "
                 "same result)"
             )
+
+    def _alone(self, why: str) -> None:
+        name = type(self.causal).__name__
+        self.notes.append(f"{name} runs one sequence at a time, because {why} (slower, same result)")
 
     def _probe_sequences(self) -> tuple[Tensor, Tensor]:
         vocabulary = self.causal.config.get_text_config().vocab_size
@@ -162,7 +182,8 @@ class CausalPolicy:
         return ids[:PROBE_LENGTH], ids[PROBE_LENGTH:]
 
     def _own_logits(self, ids: Tensor) -> Tensor:
-        with self.autocast():
+        """What the library itself makes of a sequence, our attention hook left out."""
+        with self.autocast(), library_attention(self.causal):
             return self.causal(input_ids=ids[None], use_cache=False).logits[0].double()
 
     def _close(self, a: Tensor, b: Tensor) -> bool:
@@ -192,6 +213,18 @@ class CausalPolicy:
             hidden = self.parts.backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0]
             logits = cap_and_scale(self.parts.head(hidden), self.parts.scale, self.parts.softcap)
         return self._close(logits, own)
+
+
+def _rotary_of_the_whole(config: Any, max_length: int | None) -> bool:
+    """Dynamic and long rotary embeddings choose their frequencies by the largest position in the whole stream, so once
+    a sequence is longer than the original context, its neighbours would get other ones than alone."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if not any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope") for kind in kinds):
+        return False
+    original = getattr(text, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return max_length is None or max_length > (original or text.max_position_embeddings)
 
 
 def _plain_head(head: nn.Module) -> nn.Linear | None:

@@ -12,7 +12,8 @@ from tunery.engine import Engine
 from tunery.errors import TuneryError
 from tunery.job import load_job
 from tunery.policy import CausalPolicy
-from tunery.setup import CONFIG, load_start
+from tunery.run_folder import CONFIG
+from tunery.setup import load_start
 
 
 def replay(folder: Path) -> Iterator[str]:

@@ -4,17 +4,15 @@ data, and only then the model."""
 from __future__ import annotations
 
 import math
-import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import yaml
 
-from tunery import __version__, checkpoint
-from tunery.config import build, read_config
+from tunery import checkpoint
+from tunery.config import build
 from tunery.data.dataset import Prepared, prepare
 from tunery.data.loader import Cut, Loader, StreamLoader
 from tunery.data.store import TokenStore
@@ -23,16 +21,18 @@ from tunery.diagnose import DataCounts
 from tunery.engine import Engine
 from tunery.errors import ConfigError, ModelError
 from tunery.job import Job
-from tunery.models.load import ModelConfig, hook_attention, load_config, load_model, load_tokenizer
+from tunery.models.load import (
+    ModelConfig,
+    hook_attention,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_name,
+)
 from tunery.policy import CausalPolicy
+from tunery.run_folder import versions
 from tunery.trackers import require
 from tunery.types import Objective
-
-CONFIG, REFUSED = "tunery.yaml", "data_refused.jsonl"
-# What may change between a run and its resume without changing the result.
-FREE = {"output", "report", "train.resume", "train.log_every", "train.save_every", "train.keep", "train.micro_tokens",
-        "train.checkpointing", "train.packing", "data.workers", "data.cache", "eval.generate",
-        "eval.max_new_tokens"}  # fmt: skip
 
 
 @dataclass
@@ -86,24 +86,6 @@ def save_tokenizer(run: Run, folder: Path) -> None:
     run.tokenizer.chat_template = own
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that decide the numbers."""
-    found = {"tunery": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def write_config(job: Job, folder: Path) -> None:
-    """tunery.yaml: the resolved configuration, which reproduces the run, with the versions as a comment."""
-    head = "# " + ", ".join(f"{name} {number}" for name, number in versions().items())
-    text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text(f"{head}\n{text}", encoding="utf-8")
-
-
 def resolve(job: Job, engine: Engine) -> Job:
     """The job with everything left to us decided, so that the saved configuration reproduces the run elsewhere."""
     optimizer, model = job.optimizer, job.model
@@ -118,56 +100,7 @@ def resolve(job: Job, engine: Engine) -> Job:
     return job.model_copy(update={"optimizer": optimizer, "model": model, "train": train})
 
 
-# ---------------------------------------------------------------- the run folder
-
-
-def find_resume(job: Job, output: Path) -> Path | None:
-    """The checkpoint to go on from: named, or the newest in the run folder."""
-    if isinstance(job.train.resume, str):
-        folder = Path(job.train.resume)
-        checkpoint.load_state(folder)
-        return folder
-    found = checkpoint.list_checkpoints(output)
-    return found[-1][1] if job.train.resume and found else None
-
-
-def is_finished(job: Job, output: Path) -> bool:
-    """Whether the run folder already holds this very run, finished."""
-    if job.train.resume is not True or not (output / "all_results.json").is_file():
-        return False
-    return (output / CONFIG).is_file() and not changed_keys(job, output / CONFIG)
-
-
-def changed_keys(job: Job, saved: Path) -> list[str]:
-    """Keys that differ from the saved configuration in a way that would change the result."""
-    then, now = _flat(read_config(saved)), _flat(job.model_dump(mode="json"))
-    keys = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    return [key for key in keys if not any(key == free or key.startswith(free + ".") for free in FREE)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def open_folder(job: Job, output: Path, resume: Path | None, engine: Engine) -> None:
-    """Make the run folder ready: refuse to mix two runs in it, and lose nothing that is there."""
-    saved = output / CONFIG
-    if resume is not None and saved.is_file() and resume.parent.resolve() == output.resolve():
-        changed = changed_keys(job, saved)
-        if changed:
-            raise ConfigError(
-                f"output: {output} holds a run with another configuration ({', '.join(changed[:8])} differ); "
-                "give another output, or train.resume=false to start anew beside it"
-            )
-    if not engine.is_main:
-        return
-    if resume is None and saved.is_file():
-        number = next(n for n in range(1, 10_000) if not output.with_name(f"{output.name}.old-{n}").exists())
-        output.rename(output.with_name(f"{output.name}.old-{number}"))
-    checkpoint.check_room(output, 0)
+# ---------------------------------------------------------------- how often
 
 
 def interval(value: int | float | None, total: int, default: int) -> int:
@@ -253,6 +186,29 @@ def make_loader(job: Job, data: Prepared, cut: Cut) -> tuple[Loader | StreamLoad
     return StreamLoader(data.train, batch_size=train.batch_size, how=cut), train.max_steps
 
 
+def check_job(job: Job) -> None:
+    """What can be wrong with a configuration as a whole. Raises ConfigError."""
+    data, model = job.data, job.model
+    if not data.train:
+        raise ConfigError("data.train: is required: a path, or a list of paths")
+    require(job.report)
+    if data.eval is None:
+        for key, value in (("patience", job.eval.patience), ("generate", job.eval.generate or None)):
+            if value is not None:
+                raise ConfigError(f"eval.{key}: {value} needs held-out rows; set data.eval to a file or a fraction")
+    if model.random_init and not build("adapters", job.adapter).whole:
+        raise ConfigError(
+            "model.random_init: an adapter of random weights fits no base that anyone has; use adapter: full"
+        )
+    folder = Path(resolve_name(model.name))
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model: {model.name} is an adapter; give its base as model.name and the adapter as model.init_from"
+        )
+    if folder.is_dir() and model.revision is not None:
+        raise ConfigError(f"model.revision: {model.name} is a local folder, which has no revisions")
+
+
 def read_template(job: Job) -> tuple[Any, ChatTemplate]:
     """The tokenizer, and the template as the data section wants it."""
     tokenizer, data = load_tokenizer(job.model), job.data
@@ -261,11 +217,21 @@ def read_template(job: Job) -> tuple[Any, ChatTemplate]:
     )
 
 
-def read_data(job: Job, console: Any = None) -> tuple[Any, ChatTemplate, Objective, Prepared]:
-    """Tokenizer, template, objective and tokenised data: all that can be checked without a model."""
+@dataclass
+class Read:
+    """What can be read and checked without a model."""
+
+    tokenizer: Any
+    template: ChatTemplate
+    objective: Objective
+    data: Prepared
+
+
+def read_data(job: Job, console: Any = None) -> Read:
+    """Tokenizer, template, objective and tokenised data. Happens before the engine starts, because a process that has
+    touched CUDA cannot fork the ones that tokenise."""
     data = job.data
-    if not data.train:
-        raise ConfigError("data.train: is required: a path, or a list of paths")
+    check_job(job)
     if data.streaming and not job.train.shuffle:
         data = data.model_copy(update={"shuffle_buffer": 1})
     tokenizer, template = read_template(job)
@@ -273,44 +239,80 @@ def read_data(job: Job, console: Any = None) -> tuple[Any, ChatTemplate, Objecti
     prepared = prepare(
         data, template, objective, seed=job.train.seed, cache_key=job.objective.model_dump_json(), console=console
     )
-    return tokenizer, template, objective, prepared
+    return Read(tokenizer, template, objective, prepared)
 
 
-def set_up(job: Job, engine: Engine, console: Any = None) -> Run:
-    """Build the run. Raises TuneryError, before the model loads where it can."""
-    job = resolve(job, engine)
-    require(job.report)
-    output = Path(job.output)
-    resume = find_resume(job, output)
-    open_folder(job, output, resume, engine)
-    tokenizer, template, objective, data = read_data(job, console)
-    if engine.is_main:
-        write_config(job, output)
-        data.report.write_refused(output / REFUSED)
+def beyond_context(job: Job, data: Prepared) -> str | None:
+    """A warning where rows are longer than the model's context. Raises ConfigError where the model has a learned
+    embedding for each position, and none beyond."""
+    text = load_config(job.model).get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if context is None or not isinstance(data.train, TokenStore):
+        return None
+    longer = int((np.diff(data.train.sequence_offsets) > context).sum())
+    if not longer:
+        return None
+    what = f"{longer:,} sequences are longer than the {context} tokens {job.model.name} was made for"
+    if not (getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)):
+        raise ConfigError(f"data.max_length: {what}, and it has no positions beyond; set it to {context} at most")
+    return f"{what}; it may not make sense of what comes after. Set data.max_length to {context}"
+
+
+def announce(run: Run) -> list[str]:
+    """What a person should know before the first step."""
+    total = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for p in run.parameters)
+    dtype = str(run.engine.dtype).removeprefix("torch.")
+    device = torch.cuda.get_device_name(run.engine.device) if run.engine.device.type == "cuda" else run.engine.device
+    ranks = f" x {run.engine.world}" if run.engine.world > 1 else ""
+    lines = [
+        f"{run.job.model.name}: {trained:,} of {total:,} parameters train ({trained / total:.2%}, "
+        f"{run.job.adapter.kind}); arithmetic in {dtype} on {device}{ranks}",
+        *run.policy.notes,
+    ]
+    if run.resume is not None:
+        lines.append(f"going on from {run.resume}: step {run.start} of {run.total_steps} is done")
+    warmup = run.job.schedule.warmup
+    if warmup > run.total_steps:
+        lines.append(
+            f"schedule.warmup is {warmup} steps and the run has {run.total_steps}, so the learning rate never "
+            "reaches optimizer.lr"
+        )
+    return lines
+
+
+def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
+    """Build the run on data already read. Raises TuneryError."""
     adapter = build("adapters", job.adapter)
+    state = checkpoint.load_state(resume) if resume else {}
     model, base_dtype = load_start(job, adapter, resume, engine)
     engine.same_weights(p for p in model.parameters() if p.requires_grad)
     if job.train.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    policy = CausalPolicy(model, dtype=engine.dtype, neftune=job.train.neftune)
+        recompute_activations(model)
+    policy = CausalPolicy(model, dtype=engine.dtype, neftune=job.train.neftune, max_length=job.data.max_length)
     assert job.train.micro_tokens is not None
-    packing = job.train.packing and policy.packs
-    cut = Cut(job.train.micro_tokens, packing, engine.rank, engine.world)
-    loader, total = make_loader(job, data, cut)
+    cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world)
+    loader, total = make_loader(job, read.data, cut)
     if engine.is_main:
         written = math.ceil(total / save_interval(job, loader, total))
-        checkpoint.check_room(output, bytes_to_write(model, adapter, min(job.train.keep or written, written)))
+        keep = min(job.train.keep or written, written)
+        checkpoint.check_room(Path(job.output), bytes_to_write(model, adapter, keep))
     groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay)
     optimizer = build("optimizers", job.optimizer, groups)
-    state = checkpoint.load_state(resume) if resume else {}
     if resume is not None:
         checkpoint.load_optimizer(resume, optimizer)
     return Run(
-        job, engine, output, tokenizer, template, data, objective, adapter, model, policy, optimizer,
-        [group["lr"] for group in groups], loader, cut, total, base_dtype, resume, state.get("step", 0), state,
-        versions(),
+        job, engine, Path(job.output), read.tokenizer, read.template, read.data, read.objective, adapter, model,
+        policy, optimizer, [group["lr"] for group in groups], loader, cut, total, base_dtype, resume,
+        state.get("step", 0), state, versions(),
     )  # fmt: skip
+
+
+def recompute_activations(model: Any) -> None:
+    """Forget activations in the forward and make them again in the backward: less memory, about a third slower."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def data_counts(run: Run) -> DataCounts:

@@ -118,6 +118,38 @@ def test_adapter_weights_are_float32_over_a_bfloat16_base():
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"targets": ["q_proj", "v_prj"]}, r"adapter\.targets: .*'v_prj'"),
+        ({"modules_to_save": ["embed_tokenz"]}, r"adapter\.modules_to_save: .*'embed_tokenz'"),
+        ({"targets": "["}, r"adapter\.targets"),
+        ({"init": "pissa", "rank": 33}, r"adapter\.rank: 33"),
+        ({"init": "pissa", "targets": ["q_proj", "embed_tokens"]}, "pissa is for linear layers"),
+        ({"init": "pissa", "targets": ["q_proj", "lm_head"]}, "tied to"),
+    ],
+)
+def test_what_peft_would_pass_over_is_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        lora.Adapter(lora.Config(**options)).apply(tiny_model("llama", torch.float32, tie_word_embeddings=True))
+
+
+def test_an_adapter_started_from_keeps_its_shape_and_takes_our_dropout(tmp_path):
+    adapter, model = applied({"targets": ["q_proj", "v_proj"]})
+    adapter.save(model, tmp_path, "base")
+    for options in ({"targets": ["q_proj"]}, {"dora": True}, {"init": "pissa"}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(ConfigError, match="drop the key"):
+            lora.Adapter(lora.Config(**options)).apply(tiny_model("llama", torch.float32), start=tmp_path)
+    started = lora.Adapter(lora.Config(dropout=0.25)).apply(tiny_model("llama", torch.float32), start=tmp_path)
+    rates = {m.p for n, m in started.named_modules() if "lora_dropout" in n and isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.25}
+
+
+def test_dropout_reaches_peft():
+    _, model = applied({"dropout": 0.125})
+    assert {m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and "lora" in n} == {0.125}
+
+
 def test_targets_that_do_not_exist_are_named():
     with pytest.raises(ConfigError, match=r"adapter\.targets: .*no_such"):
         lora.Adapter(lora.Config(targets=["no_such"])).apply(tiny_model())

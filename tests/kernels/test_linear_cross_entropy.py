@@ -20,7 +20,7 @@ def inputs(n: int = 37, v: int = 53, h: int = 16, dtype: torch.dtype = torch.flo
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 3.0)])
 def test_value_and_gradients_equal_the_reference(monkeypatch, bias, scale, softcap):
-    monkeypatch.setattr(kernel, "CHUNK_LOGITS", 53 * 5)  # several chunks, the last one not full
+    monkeypatch.setattr(kernel, "CHUNK_LOGITS", {"cpu": 53 * 5})  # several chunks, the last one not full
     results = []
     for function in (linear_cross_entropy, reference):
         h, w, y, weights, b = inputs(bias=bias)
@@ -46,6 +46,14 @@ def test_no_labelled_rows_give_a_zero_with_zero_gradients():
     loss = linear_cross_entropy(h, w, y, weights)
     loss.backward()
     assert loss == 0 and h.grad.shape == (0, 16) and not w.grad.any()
+
+
+def test_without_gradients_none_are_made():
+    h, w, y, weights, _ = inputs()
+    with torch.no_grad():
+        loss = linear_cross_entropy(h, w, y, weights)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, reference(*inputs()[:4]).detach())
 
 
 def test_a_frozen_head_gets_no_gradient():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tunery.models import attention
 from tunery.models.attention import packed_attention
 
 HEADS, KV, D = 4, 2, 8
@@ -56,6 +57,32 @@ def test_a_padded_batch_is_refused():
     x = torch.randn(2, HEADS, 4, D)
     with pytest.raises(ValueError, match="padded"):
         packed_attention(torch.nn.Module(), x, x, x, None)
+
+
+def test_the_fused_back_end_is_called_causally_with_its_window(monkeypatch):
+    """A window of w sees w - 1 tokens to the left and itself; without one, everything to the left."""
+    from types import SimpleNamespace
+
+    seen = []
+
+    def back_end(q, k, v, cu, longest, scale, window):
+        seen.append((longest, window, q.dtype))
+        return q
+
+    monkeypatch.setattr(attention, "_fused_backend", lambda head_dim: back_end)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    x = torch.randn(1, HEADS, 6, D, dtype=torch.bfloat16)
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    for window in (None, 3):
+        packed_attention(SimpleNamespace(), x, x, x, None, cu_seq_lens_q=cu, sliding_window=window)
+    assert seen == [(4, (-1, 0), torch.bfloat16), (4, (2, 0), torch.bfloat16)]
+
+
+def test_autocast_reaches_queries_that_rotary_embeddings_left_in_float32():
+    q, v = torch.randn(1, HEADS, 6, D), torch.randn(1, HEADS, 6, D, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = packed_attention(torch.nn.Module(), q, q, v, None)
+    assert out.dtype == torch.bfloat16 and out.is_contiguous()
 
 
 @pytest.mark.gpu

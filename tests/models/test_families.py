@@ -10,10 +10,10 @@ from tunery.data.collate import collate
 from tunery.policy import CausalPolicy
 
 # The library computes mixtures of experts with a grouped matmul that knows no float64.
-FLOAT32 = {"mixtral", "qwen2_moe"}
+FLOAT32 = {"mixtral", "qwen2_moe", "afmoe"}
 # The library takes these families' softmax or norm in float32, whatever the model's dtype, and so rounds differently.
 ROUNDS = {"gemma2", "gemma3", "bloom", "cohere"}
-ALONE = {"bloom", "falcon"}  # their code takes no attention from outside
+ALONE = {"bloom", "falcon", "doge"}  # their code takes no attention from outside, or makes a mask of its own
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -26,8 +26,7 @@ def test_loss_and_gradients_equal_the_library(family):
     model.eval(), library.eval()
     policy = CausalPolicy(model, dtype=dtype)
     sequences = random_sequences()
-    streams = [sequences] if policy.packs else [[s] for s in sequences]
-    loss = torch.stack([policy.nll(collate(stream)) for stream in streams]).sum()
+    loss = policy.nll(collate(sequences))
     expected = reference_loss(library, sequences)
     loss.backward(), expected.backward()
     torch.testing.assert_close(loss.double(), expected.double(), rtol=rtol, atol=atol)
@@ -42,6 +41,23 @@ def test_what_cannot_be_packed_is_found_and_said(family):
     assert policy.packs == (family not in ALONE)
     assert bool(policy.notes) == (family in ALONE)
     assert all("one sequence" in note for note in policy.notes)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_frequencies_of_the_whole_stream_forbid_packing(kind):
+    """They depend on the longest sequence, once one is longer than the original context of 16."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    options = {"rope_parameters": rope, "max_position_embeddings": 64 if kind == "longrope" else 16}
+    model, library = tiny_model("llama", **options), tiny_model("llama", hook=False, **options)
+    model.eval(), library.eval()
+    policy = CausalPolicy(model, dtype=torch.float64, max_length=60)
+    assert not policy.packs and "rotary" in policy.notes[0]
+    sequences = random_sequences((30, 5, 9))
+    torch.testing.assert_close(policy.nll(collate(sequences)), reference_loss(library, sequences), rtol=1e-7, atol=1e-7)
+    if kind == "longrope":  # a dynamic one has been stretched by the probe itself
+        assert CausalPolicy(tiny_model("llama", **options), dtype=torch.float64, max_length=16).packs
 
 
 def test_chunked_attention_is_left_to_the_library():

@@ -5,6 +5,7 @@ its residual base bit for bit, and a run ends as ONE plain LoRA for the original
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,8 +73,9 @@ class Adapter:
             warnings.simplefilter("ignore")  # fan_in_fan_out of GPT-2's layers, which PEFT sets right by itself
             try:
                 wrapped = get_peft_model(model, peft_config)
-            except ValueError as error:
+            except (ValueError, re.error) as error:
                 raise ConfigError(f"adapter.targets: {error}") from error
+        self._all_found(wrapped)
         if self.config.init == "pissa" and start is None:
             self._pissa(wrapped, resume)
         folder = resume or start
@@ -145,10 +147,36 @@ class Adapter:
         )
 
     def _same_shape(self, theirs: Any, folder: Path) -> None:
-        for key, value in (("rank", theirs.r), ("alpha", theirs.lora_alpha)):
-            mine = getattr(self.config, key)
-            if key in self.config.model_fields_set and mine is not None and mine != value:
+        """What makes an adapter's shape is that of the one it starts from. Raises ConfigError where the configuration
+        asks for another. Dropout is no shape, and is the configuration's."""
+        config = self.config
+        names = (
+            sorted(theirs.target_modules) if isinstance(theirs.target_modules, set | list) else theirs.target_modules
+        )
+        saved = {
+            "rank": theirs.r, "alpha": theirs.lora_alpha, "rslora": theirs.use_rslora, "dora": theirs.use_dora,
+            "targets": names, "modules_to_save": sorted(theirs.modules_to_save or []), "init": "default",
+        }  # fmt: skip
+        for key, value in saved.items():
+            mine = getattr(config, key)
+            mine = sorted(mine) if isinstance(mine, list) else mine
+            if key not in config.model_fields_set or mine is None or (key, mine) == ("targets", "all-linear"):
+                continue
+            if mine != value:
                 raise ConfigError(f"adapter.{key}: {mine}, but model.init_from ({folder}) has {value}; drop the key")
+        theirs.lora_dropout = config.dropout
+
+    def _all_found(self, model: Any) -> None:
+        """PEFT passes over a name that no module has. Raises ConfigError naming it."""
+        whole = {n.rpartition(".modules_to_save")[0] for n, _ in model.named_modules() if ".modules_to_save" in n}
+        low_rank = {n.partition(".lora_")[0] for n, _ in model.named_parameters() if ".lora_" in n}
+        asked = {"modules_to_save": (self.config.modules_to_save, whole)}
+        if isinstance(self.config.targets, list):
+            asked["targets"] = (self.config.targets, low_rank)
+        for key, (wanted, found) in asked.items():
+            for name in wanted:
+                if not any(f"{module}.".endswith(f".{name}.") for module in found):
+                    raise ConfigError(f"adapter.{key}: the model has no module named {name!r} that could be trained")
 
     # ------------------------------------------------------------------ PiSSA
 
@@ -158,6 +186,7 @@ class Adapter:
         from safetensors.torch import load_file
 
         saved = load_file(resume / PISSA_FILE) if resume is not None else {}
+        self._check_pissa(model)
         for name, layer in _lora_layers(model):
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             weight, scale = layer.get_base_layer().weight, layer.scaling["default"]
@@ -169,6 +198,21 @@ class Adapter:
             weight.data = (weight.data.to(update.dtype) - update).to(weight.dtype)
             A.data, B.data = start_A.clone(), start_B.clone()
             self._pissa_start[name] = (start_A, start_B)
+
+    def _check_pissa(self, model: Any) -> None:
+        """Raises ConfigError for what has no principal part to take, or shares its weight with something else."""
+        shared = model.get_base_model().get_input_embeddings().weight
+        for name, module in model.named_modules():
+            if getattr(module, "lora_embedding_A", None):
+                raise ConfigError(f"adapter.init: pissa is for linear layers; leave {name} out of the targets")
+        for name, layer in _lora_layers(model):
+            weight = layer.get_base_layer().weight
+            if weight is shared:
+                raise ConfigError(
+                    f"adapter.init: pissa would change the embeddings that {name} is tied to; leave it out"
+                )
+            if self.config.rank > min(weight.shape):
+                raise ConfigError(f"adapter.rank: {self.config.rank} is more than {name} has ({min(weight.shape)})")
 
     def _principal(self, W: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         rank = self.config.rank

@@ -34,7 +34,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a step is cut. None of it changes the result: `budget` tokens a stream, `packing` several sequences in one,
+    """How a step is cut. None of it changes the result: `budget` tokens a stream, `packing` several examples in one,
     this `rank` of `world`."""
 
     budget: int
@@ -57,7 +57,7 @@ def cut(examples: Sequence[list[Tokens]], rows: Sequence[int], how: Cut) -> list
     lengths = [sum(len(t) for t in sequences) for sequences in examples]
     mine = partition(lengths, how.world)[how.rank]
     if not how.packing:
-        return [collate([tokens], [rows[i]]) for i in mine for tokens in examples[i]]
+        return [collate(examples[i], [rows[i]] * len(examples[i])) for i in mine]
     bins = best_fit_decreasing([lengths[i] for i in mine], how.budget)
     streams = [[mine[j] for j in sorted(members)] for members in bins]
     return [

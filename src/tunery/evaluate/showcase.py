@@ -19,12 +19,11 @@ SHOWN = 4
 
 
 class Showcase:
-    """Answers `eval.generate` held-out rows with the model as it starts and as it ends, on the first rank."""
+    """Answers `eval.generate` held-out rows with the model as it starts and as it ends, each rank its share."""
 
     def __init__(self, run: Run, report: Report | NullReport):
         self.run, self.report = run, report
-        examples = run.data.eval_examples if run.engine.is_main else []
-        answerable = [e for e in examples if e.messages and e.messages[-1].role == "assistant"]
+        answerable = [e for e in run.data.eval_examples if e.messages and e.messages[-1].role == "assistant"]
         self.examples: list[Example] = answerable[: run.job.eval.generate]
         self.saved = run.output / "answers_before.json"
         self.first: list[str] = []
@@ -33,12 +32,16 @@ class Showcase:
         """Answer with the base (with `model.init_from`: with that). A resumed run reads what it answered then."""
         if not self.examples:
             return
-        if self.run.start > 0 and self.saved.is_file():
-            self.first = json.loads(self.saved.read_text(encoding="utf-8"))
+        engine = self.run.engine
+        saved = self.saved.read_text(encoding="utf-8") if self.run.start > 0 and self.saved.is_file() else None
+        saved = engine.gather(saved)[0]  # what the first rank sees decides for all
+        if saved is not None:
+            self.first = json.loads(saved)
             return
         self.report.note(f"answering {len(self.examples)} held-out rows before training")
         self.first = self._answers()
-        write_text(self.saved, json.dumps(self.first, ensure_ascii=False))
+        if engine.is_main:
+            write_text(self.saved, json.dumps(self.first, ensure_ascii=False))
 
     def after(self) -> None:
         """Answer again, and report both. Writes generated_predictions.jsonl in the run folder."""
@@ -46,6 +49,8 @@ class Showcase:
             return
         self.report.note(f"answering {len(self.examples)} held-out rows after training")
         answers = self._answers()
+        if not self.run.engine.is_main:
+            return
         labels = [e.messages[-1].content for e in self.examples]
         prompts = [e.messages[-2].content if len(e.messages) > 1 else "" for e in self.examples]
         rows = [
@@ -61,11 +66,13 @@ class Showcase:
     def _answers(self) -> list[str]:
         run = self.run
         generator = HFGenerator(run.model, run.tokenizer, run.template)
-        requests = [Request(messages=e.messages[:-1], tools=e.tools) for e in self.examples]
+        mine = range(run.engine.rank, len(self.examples), run.engine.world)
+        requests = [Request(messages=self.examples[i].messages[:-1], tools=self.examples[i].tools) for i in mine]
         sampling = Sampling(max_new_tokens=run.job.eval.max_new_tokens)
         with run.policy.autocast():  # frozen and trained parameters may differ in dtype
-            done = {c.index: c.text for c in generator.generate(requests, sampling)}
-        return [done[i] for i in range(len(requests))]
+            done = {mine[c.index]: c.text for c in generator.generate(requests, sampling)}
+        everyone = {i: text for answers in run.engine.gather(done) for i, text in answers.items()}
+        return [everyone[i] for i in range(len(self.examples))]
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 1 << 22  # logits alive at a time: 16 MB in float32, about a core's share of cache and cheap on a GPU
+# Logits alive at a time: 16 MB in float32 on a CPU, about its cache; 256 MB on a GPU, which wants large products.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def linear_cross_entropy(
@@ -28,7 +29,15 @@ def linear_cross_entropy(
 
     cap(z) = softcap * tanh(z / softcap) when given (Gemma 2, arXiv:2408.00118, section 2). Matmuls run in h's dtype,
     the softmax in float32 or wider. Zero rows give a zero that still carries (zero) gradients."""
+    if not torch.is_grad_enabled():  # or the gradients would be made all the same
+        h_NH, weight_VH = h_NH.detach(), weight_VH.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     return _LinearCrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, weights_N, scale, softcap)
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits may be alive at a time."""
+    return max(1, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cuda"]) // vocabulary)
 
 
 def reference(
@@ -64,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(h_NH.dtype, torch.float32)
         train_h, train_w, train_b = ctx.needs_input_grad[:3]
         w = weight_VH.to(h_NH.dtype)
-        chunk = max(1, CHUNK_LOGITS // w.shape[0])
+        chunk = chunk_rows(w.shape[0], h_NH.device)
         total = torch.zeros((), dtype=wide, device=h_NH.device)
         dh_NH = torch.empty_like(h_NH) if train_h else None
         dw_VH = (

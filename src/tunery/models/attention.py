@@ -8,6 +8,8 @@ reference. Soft-capping (Gemma 2) and attention sinks (gpt-oss) take the explici
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +26,32 @@ def register() -> str:
 
     AttentionInterface.register(NAME, packed_attention)
     return NAME
+
+
+@contextmanager
+def library_attention(model: Any) -> Iterator[None]:
+    """The library's own attention instead of our hook for a while, for padded batches, caches and comparison. Models
+    with soft-capped scores get "eager": the library's "sdpa" leaves the cap out."""
+    before = model.config._attn_implementation
+    capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    wanted = "sdpa" if before == NAME else before
+    set_attention(model, "eager" if wanted == "sdpa" and capped else wanted)
+    try:
+        yield
+    finally:
+        set_attention(model, before)
+
+
+def set_attention(model: Any, wanted: str | None) -> None:
+    """Switch a loaded model's attention, to "eager" where its code does not know `wanted`."""
+    if wanted is None or model.config._attn_implementation == wanted:
+        return
+    try:
+        model.set_attn_implementation(wanted)
+    except (ValueError, ImportError):
+        if wanted == "eager":
+            raise
+        model.set_attn_implementation("eager")
 
 
 def packed_attention(
@@ -51,6 +79,9 @@ def packed_attention(
         cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
         max_length_q = query.shape[2]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave float32 queries and keys beside 16-bit values where the weights are float32.
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     plain = softcap is None and s_aux is None
     if plain and dropout == 0.0 and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
@@ -70,7 +101,7 @@ def packed_attention(
         _one_sequence(q, k, v, scale, dropout, sliding_window, softcap, s_aux)
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _one_sequence(

@@ -31,7 +31,7 @@ def unwrap(model: Any) -> Any:
 
 def take_apart(model: nn.Module) -> Parts | None:
     """The parts, or None where the model does not have them in the usual places. Whether they give the model's own
-    logits is not believed but measured (`same_logits`)."""
+    logits is not believed but measured (policy.py)."""
     causal = unwrap(model)
     head = causal.get_output_embeddings()
     backbone = causal.get_decoder()
@@ -76,7 +76,6 @@ def save_whole(model: Any, folder: Path, dtype: torch.dtype | None = None) -> No
 
 def load_whole(model: nn.Module, folder: Path) -> None:
     """Put the weights of a model folder of the same architecture into `model`, each parameter keeping its dtype."""
-    from transformers import AutoModelForCausalLM
-
-    saved = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+    saved = type(unwrap(model)).from_pretrained(str(folder), dtype=widest)  # its own class, custom code or not
     model.load_state_dict(saved.state_dict())
