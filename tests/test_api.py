@@ -7,9 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 import tunery
+from tiny_model import byte_tokenizer, random_llama
 from tiny_runs import tiny_job
-from tunery.errors import ConfigError
+from tunery.errors import ConfigError, TemplateError
+from tunery.generate.base import Request, Sampling
+from tunery.generate.hf import HFGenerator
+from tunery.models.target import load_target
 from tunery.run_folder import write_config
+from tunery.types import Message
 
 
 def test_train_takes_files_mappings_and_jobs(tmp_path):
@@ -41,7 +46,23 @@ def test_tuner_is_the_yaml_in_python(tmp_path):
     assert report["kind"] == "merged"
 
 
+def test_a_base_without_a_template_talks_with_the_one_named(tmp_path):
+    random_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer(template=None).save_pretrained(tmp_path / "model")
+    tuner = tunery.Tuner(str(tmp_path / "model"))
+    with pytest.raises(TemplateError, match=r"data\.template"):
+        tuner.chat("hi")
+    named = tunery.Tuner(str(tmp_path / "model"), data={"template": "chatml"})
+    direct = load_target(tmp_path / "model", template="chatml")
+    (expected,) = HFGenerator(direct.model, direct.tokenizer, direct.template).generate(
+        [Request([Message("user", "hi")])], Sampling(max_new_tokens=3)
+    )
+    assert named.chat("hi", max_new_tokens=3) == expected.text
+
+
 def test_mistakes_are_config_errors(tmp_path):
+    with pytest.raises(ConfigError, match="got 5"):
+        tunery.train(5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"optimizer\.lrr"):
         tunery.Tuner(optimizer={"lrr": 1}).job  # noqa: B018
     with pytest.raises(ConfigError, match=r"data\.train"):

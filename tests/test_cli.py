@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tiny_model import byte_tokenizer, random_llama
 from tiny_runs import tiny_job, write_rows
-from tunery.setup import write_config
+from tunery.errors import ConfigError, DataError, ModelError
+from tunery.run_folder import write_config
 
 
 @dataclass
@@ -107,7 +109,20 @@ def test_a_job_from_file_to_answers(folder):
     merged = folder / "merged"
     done = tunery("export", output, merged)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Wrote the merged model to {merged} (") and "{" not in done.stdout
+    for words in ("relative error", "(allowed ", "the adapter moves its base's logits by "):
+        assert words in done.stdout
     assert (merged / "model.safetensors").is_file() and (merged / "chat_template.jinja").is_file()
+    done = tunery("export", output, folder / "adapter", "--adapter-only", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kind"] == "adapter"
+    theirs = folder / "export.yaml"
+    theirs.write_text(
+        f"model_name_or_path: {folder / 'model'}\nadapter_name_or_path: {output}\nfinetuning_type: lora\n"
+        f"export_dir: {folder / 'theirs'}\n"
+    )
+    done = tunery("train", theirs)
+    assert done.returncode == 0 and done.stdout.startswith("Wrote the merged model to "), done.stderr
     refused = tunery("export", output, merged)
     assert refused.returncode == 1 and "not an empty folder" in refused.stderr
 
@@ -143,6 +158,40 @@ def test_llamafactory_files_are_converted_and_run(folder, tmp_path):
     theirs.write_text(theirs.read_text() + "use_galore: true\n")
     refused = tunery("train", theirs)
     assert refused.returncode == 2 and "use_galore" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "said"),
+    [
+        ({}, ConfigError("a\nb"), "tunery: a\nb\n"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, ModelError("a\nb"), "tunery: a\nb\n"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, ConfigError("a\nb"), ""),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, DataError("a\nb"), ""),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, ModelError("a\nb"), "tunery: rank 1: a\n"),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, DataError("a\nb"), "tunery: rank 8: a\nb\n"),  # another machine's disk
+    ],
+)
+def test_what_all_ranks_know_is_said_once(monkeypatch, tmp_path, ranks, error, said):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr("tunery.cli.read_job", fails)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    done = tunery("train", tmp_path)
+    assert (done.stderr, done.returncode) == (said, error.exit_code)
+
+
+def test_a_model_without_a_template_is_told_of_the_option(tmp_path):
+    random_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer(template=None).save_pretrained(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", 3)
+    for words in (("chat", "--prompt", "hi"), ("generate", rows, "--out", tmp_path / "out.jsonl")):
+        done = tunery(words[0], tmp_path / "model", *words[1:])
+        assert done.returncode == 1 and "--template NAME" in done.stderr and "chatml" in done.stderr, done.stderr
+        assert "data.template" not in done.stderr
+    done = tunery("chat", tmp_path / "model", "--prompt", "hi", "--template", "chatml", "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_without_failures_has_nothing_to_replay(tmp_path):

@@ -95,7 +95,12 @@ class Tuner:
         from tunery.models.target import load_target
 
         if self._loaded is None:
-            self._loaded = load_target(self.result.output if self.result else self.job.model.name)
+            if self.result:
+                self._loaded = load_target(self.result.output)
+            else:
+                job = self.job
+                named = None if job.data.template == "auto" else job.data.template
+                self._loaded = load_target(job.model.name, template=named)
         return HFGenerator(self._loaded.model, self._loaded.tokenizer, self._loaded.template)
 
 

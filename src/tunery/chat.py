@@ -79,11 +79,11 @@ def chat(
 ) -> None:
     """With `prompt`: prints the answer to it, and nothing else, to standard output. Without: a conversation, one turn a
     line, until /quit or the end of the input; input that is not a terminal is answered line by line without prompts.
-    Raises ModelError when `target` cannot be loaded."""
+    Raises ModelError when `target` cannot be loaded, TemplateError when it has no chat template."""
     from tunery.generate.hf import HFGenerator
     from tunery.models.target import load_target
 
-    loaded = load_target(target, dtype=dtype, device=device, template=template)
+    loaded = load_target(target, dtype=dtype, device=device, template=template, talks=True)
     generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template)
     talk = Chat(generator, sampling or Sampling(), system)
     if prompt is not None:

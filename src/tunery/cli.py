@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tunery import __version__
-from tunery.errors import TuneryError
+from tunery.errors import ConfigError, DataError, MissingExtraError, TemplateError, TuneryError
 
 TRAIN, DATA, USE, OTHER = "Train", "Data and configuration", "Use the result", "Other"
 
@@ -47,7 +47,8 @@ def main() -> None:
     try:
         app()
     except TuneryError as error:
-        print(f"tunery: {error}", file=sys.stderr)
+        if text := _said_here(error):
+            print(f"tunery: {text}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("tunery: interrupted", file=sys.stderr)
@@ -55,6 +56,19 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _said_here(error: TuneryError) -> str:
+    """What this rank says of an error. All read the same configuration and data, so one a machine is enough for these;
+    of others, such as a loss that is not finite, every rank says its own."""
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", rank) == "0":
+        return str(error) if rank == "0" else f"rank {rank}: {error}"
+    interrupted = error.exit_code == 130
+    if interrupted or isinstance(error, ConfigError | DataError | TemplateError | MissingExtraError):
+        return ""
+    first_line = str(error).partition("\n")[0]
+    return f"rank {rank}: {first_line}"
 
 
 def read_job(path: Path, overrides: list[str] | None) -> Any:
@@ -67,7 +81,7 @@ def read_job(path: Path, overrides: list[str] | None) -> Any:
     if not llamafactory.is_llamafactory(read_config(path)):
         return load_job(path, words)
     converted = llamafactory.load(path, words)
-    for note in converted.notes:
+    for note in converted.notes if os.environ.get("RANK", "0") == "0" else ():
         print(f"note: {note}", file=sys.stderr)
     return converted if converted.action == "export" else load_job(converted.config)
 
@@ -86,7 +100,7 @@ def train(config: Source, overrides: Overrides = None) -> None:
     """Train from a YAML file (and run LLaMA-Factory's training and export files as they are)."""
     job = read_job(config, overrides)
     if not hasattr(job, "output"):
-        _export(**job.export)
+        _export(False, **job.export)
         return
     from tunery.loop import run_job
 
@@ -242,18 +256,21 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's own")] = None,
     max_shard_size: Annotated[str, typer.Option(help="of a weights file")] = "5GB",
     template: Template = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Write a merged Hugging Face folder (or the adapter alone), compared with what was trained."""
     _export(
-        target=target, out=str(out), adapter_only=adapter_only, dtype=dtype, max_shard_size=max_shard_size,
+        as_json, target=target, out=str(out), adapter_only=adapter_only, dtype=dtype, max_shard_size=max_shard_size,
         template=template,
     )  # fmt: skip
 
 
-def _export(**options: Any) -> None:
+def _export(as_json: bool, **options: Any) -> None:
     from tunery.export.merge import export as write
+    from tunery.export.summary import summary
 
-    print(json.dumps(write(**options), indent=2, default=str))
+    report = write(**options)
+    print(json.dumps(report, indent=2) if as_json else "\n".join(summary(report)))
 
 
 # ---------------------------------------------------------------- other
@@ -262,7 +279,7 @@ def _export(**options: Any) -> None:
 @app.command(rich_help_panel=OTHER)
 def version() -> None:
     """Versions of Tunery and of the libraries that decide its numbers."""
-    from tunery.setup import versions
+    from tunery.run_folder import versions
 
     for name, number in versions().items():
         print(f"{name} {number}")
@@ -283,8 +300,6 @@ def _options(
 
 
 def _training_job(config: Path, overrides: list[str] | None) -> Any:
-    from tunery.errors import ConfigError
-
     job = read_job(config, overrides)
     if not hasattr(job, "output"):
         raise ConfigError(f"{config}: is an export file; there is no data in it")

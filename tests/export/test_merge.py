@@ -254,3 +254,27 @@ def test_unknown_precision(run, tmp_path):
     with pytest.raises(ModelError, match="dtype 'int8': not one of float32, bfloat16"):
         export(run, tmp_path / "out", dtype="int8")
     assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_shard_size": "lots"}, r"max_shard_size 'lots': expected a size with its unit .* such as 5GB"),
+        ({"max_shard_size": "0GB"}, "max_shard_size '0GB'"),
+        ({"max_shard_size": "5"}, "max_shard_size '5'"),
+        ({"out": "/proc/merged"}, r"/proc/merged: cannot be written: .*choose another place"),
+        ({"out": "file.txt/merged"}, r"merged: cannot be written"),
+    ],
+)
+def test_what_is_asked_is_checked_before_the_model_loads(tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(module, "resolve_target", lambda target: pytest.fail("the target was looked up"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises(ModelError, match=words):
+        export("m", **{"out": "out", **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("20kb", 20_000), ("0.5 MB", 500_000), ("1TB", 10**12)])
+def test_shard_sizes_are_those_of_transformers(text, size):
+    assert module._shard_size(text) == size

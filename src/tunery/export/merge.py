@@ -6,8 +6,10 @@ trained (verify.py), and renamed into place only when it agrees."""
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,10 +48,12 @@ def export(
 
     Returns {"out", "kind": "merged" | "model" | "adapter", "dtype", "parameters", "bytes", "written": how the folder
     compares with what was trained, and for a merge also "merge": the same before rounding, "effect": how far the
-    adapter moves the base}, comparisons as in verify.Check. Raises ModelError, leaving nothing behind, when `out` is
+    adapter moves the base}, comparisons as in verify.Check (the effect has no tolerance; summary.py puts all into
+    words). Raises ModelError, leaving nothing behind, when `out` is
     not empty, the disk is too small, the base is quantised, or the result differs from what was trained."""
-    found = resolve_target(target)
+    shard = _shard_size(max_shard_size)
     place = _free_place(Path(out).expanduser())
+    found = resolve_target(target)
     if adapter_only and found.adapter is None:
         raise ModelError(f"{found.name}: is a whole model, there is no adapter to export; leave out adapter_only")
     config = load_config(found.base)
@@ -66,7 +70,7 @@ def export(
         report = _adapter(found, place, tokenizer, streams)
     else:
         stored = _stored_dtype(config) if dtype is None else _dtype(dtype)
-        report = _model(found, place, tokenizer, chat, stored, max_shard_size, streams)
+        report = _model(found, place, tokenizer, chat, stored, shard, streams)
     report["bytes"] = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     return {"out": str(place), **report}
 
@@ -92,7 +96,7 @@ def _adapter(found: Target, place: Path, tokenizer: Any, streams: list[list[int]
 
 
 def _model(
-    found: Target, place: Path, tokenizer: Any, chat: Any, stored: torch.dtype, shard: str, streams: list[list[int]]
+    found: Target, place: Path, tokenizer: Any, chat: Any, stored: torch.dtype, shard: int, streams: list[list[int]]
 ) -> dict[str, Any]:
     model: Any = load_model(found.base, _stored_dtype(load_config(found.base)))
     computed = _arithmetic(model)
@@ -111,7 +115,8 @@ def _model(
         model = _merge(model)
         merged = compare(probe_logits(model, streams), trained, model.dtype)
         _insist(merged, found, "the merged model")
-        report |= {"effect": effect.as_dict(), "merge": merged.as_dict()}
+        moved = {name: value for name, value in effect.as_dict().items() if name != "tolerance"}
+        report |= {"effect": moved, "merge": merged.as_dict()}
     model = model.to(stored)
     _set_ends(model, chat, tokenizer)
     report["parameters"] = sum(parameter.numel() for parameter in model.parameters())
@@ -191,7 +196,22 @@ def _insist(check: Check, found: Target, what: str, effect: Check | None = None)
 def _free_place(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: already exists and is not an empty folder; choose another or remove it first")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=above, prefix=f".{out.name}."):
+            pass
+    except OSError as error:
+        raise ModelError(f"{out}: cannot be written: {error.strerror or error}; choose another place") from None
     return out
+
+
+def _shard_size(text: str) -> int:
+    """Bytes in "5GB" or "500 MB" (decimal units, as transformers reads them)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])B\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * 1000 ** ("KMGT".index(found[2].upper()) + 1)) if found else 0
+    if size < 1:
+        raise ModelError(f"max_shard_size {text!r}: expected a size with its unit (KB, MB, GB, TB), such as 5GB")
+    return size
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def predict(
     files.check_writable(located.files)
     if resume:
         files.check_unclaimed({"target": _plain(str(target)), **sampling.model_dump(mode="json")})
-    loaded = load_target(target, dtype=dtype, device=device, template=template)
+    loaded = load_target(target, dtype=dtype, device=device, template=template, talks=True)
     generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template, batch_tokens=batch_tokens)
     questions, refused, rows = _read(located, generator, console)
     settings = _settings(loaded, questions, sampling)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.config import read_config, validate
-from tunery.errors import ModelError
+from tunery.errors import ModelError, TemplateError
 from tunery.models.load import ModelConfig, load_model, load_tokenizer, resolve_name
 
 if TYPE_CHECKING:
@@ -171,17 +171,28 @@ def _base_of(folder: Path, job: dict[str, Any] | None) -> ModelConfig:
 
 
 def load_target(
-    target: str | Path | Target, *, dtype: str | torch.dtype = "auto", device: str = "auto", template: str | None = None
+    target: str | Path | Target,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    template: str | None = None,
+    talks: bool = False,
 ) -> Loaded:
     """The target in memory, ready to generate. `dtype` "auto" is bfloat16 on a GPU that has it, else float32;
-    `device` "auto" is the GPU where there is one. `template` replaces the one trained with.
-    Raises ModelError, also where an adapter does not fit its base."""
-    from tunery.data.template import load_template
+    `device` "auto" is the GPU where there is one. `template` replaces the one trained with. Raises ModelError, also
+    where an adapter does not fit its base; TemplateError, before the model loads, where it `talks` (is asked in
+    messages) and has no chat template."""
+    from tunery.data.template import load_template, named_templates
 
     found = target if isinstance(target, Target) else resolve_target(target)
     where = pick_device(device)
     tokenizer = load_tokenizer(model_config(found.tokenizer, trust_remote_code=found.base.trust_remote_code))
     chat = load_template(template or found.template, tokenizer, system=found.system)
+    if talks and chat.source is None:
+        raise TemplateError(
+            f"{found.name}: has no chat template. Choose one with --template NAME: a .jinja file, or one of "
+            f"{', '.join(named_templates())} (the one the model was tuned with; for a base model, any)"
+        )
     model = load_model(found.base, pick_dtype(dtype, where), where)
     if found.adapter is not None:
         model = load_adapter(model, found.adapter)
