@@ -60,6 +60,15 @@ def test_a_base_without_a_template_talks_with_the_one_named(tmp_path):
     assert named.chat("hi", max_new_tokens=3) == expected.text
 
 
+def test_rows_are_added_to_those_of_any_form():
+    data = {"train": "a.jsonl"}
+    tuner = tunery.Tuner(data=data).load_jsonl("b.jsonl", samples=3)
+    assert [source.path for source in tuner.job.data.train] == ["a.jsonl", "b.jsonl"]
+    assert data == {"train": "a.jsonl"}  # the caller's own stays as it was
+    tuner = tunery.Tuner(data={"train": {"path": "a.jsonl", "samples": 5}}).load_jsonl("b.jsonl")
+    assert [source.samples for source in tuner.job.data.train] == [5, None]
+
+
 def test_mistakes_are_config_errors(tmp_path):
     with pytest.raises(ConfigError, match="got 5"):
         tunery.train(5)  # type: ignore[arg-type]
@@ -67,5 +76,11 @@ def test_mistakes_are_config_errors(tmp_path):
         tunery.Tuner(optimizer={"lrr": 1}).job  # noqa: B018
     with pytest.raises(ConfigError, match=r"data\.train"):
         tunery.Tuner(output=str(tmp_path / "x")).train()
+    with pytest.raises(ConfigError, match=r"temperature: must be .*got -1"):
+        tunery.Tuner().chat("hi", temperature=-1.0)
+    with pytest.raises(ConfigError, match="max_tokens: unknown key; did you mean 'max_new_tokens'"):
+        tunery.Tuner().chat("hi", max_tokens=3)
+    with pytest.raises(ConfigError, match=r"data: expected a mapping, got 'rows\.jsonl'"):
+        tunery.Tuner(data="rows.jsonl").load_jsonl("more.jsonl")
     with pytest.raises(ConfigError, match="call train"):
         tunery.Tuner().export(tmp_path / "y")

@@ -194,6 +194,17 @@ def test_a_model_without_a_template_is_told_of_the_option(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "tunery.yaml").write_text("{}")
+    done = tunery("train", tmp_path)
+    assert (
+        done.returncode == 2 and f"is a folder; give a YAML or JSON file, such as {tmp_path}/tunery.yaml" in done.stderr
+    )
+    theirs = Path(__file__).parents[1] / "examples" / "llamafactory" / "lora_sft.yaml"
+    done = tunery("convert", theirs, "--out", tmp_path)
+    assert done.returncode == 2 and f"{tmp_path}: cannot be written: Is a directory" in done.stderr
+
+
 def test_a_run_without_failures_has_nothing_to_replay(tmp_path):
     done = tunery("replay", tmp_path)
     assert done.returncode == 1 and "nothing to replay" in done.stderr

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunery.config import apply_overrides
+from tunery.config import apply_overrides, validate
 from tunery.errors import ConfigError
 from tunery.job import Job, load_job
 from tunery.loop import Result, run_job
@@ -49,11 +49,13 @@ class Tuner:
     def load_jsonl(self, *paths: str | Path, eval: str | Path | float | None = None, **source: Any) -> Tuner:
         """Add training files (jsonl, json, csv, parquet, ...). `eval` is a held-out file, or a fraction to hold out;
         `source` further options of a data source (format, columns, samples, ...)."""
-        data = self._values.setdefault("data", {})
-        data.setdefault("train", [])
-        data["train"] = [*data["train"], *({"path": str(path), **source} for path in paths)]
+        data = self._section("data")
+        before = data.get("train") or []
+        before = before if isinstance(before, list) else [before]
+        data["train"] = [*before, *({"path": str(path), **source} for path in paths)]
         if eval is not None:
             data["eval"] = eval if isinstance(eval, float) else str(eval)
+        self._values["data"] = data
         return self
 
     @property
@@ -63,7 +65,7 @@ class Tuner:
 
     def train(self, *, console: Any = None, **train: Any) -> Tuner:
         """Run the job; keyword arguments are keys of the `train` section (epochs, batch_size, ...)."""
-        self._values["train"] = {**self._values.get("train", {}), **train}
+        self._values["train"] = {**self._section("train"), **train}
         self.result = run_job(self.job, console)
         self._loaded = None
         return self
@@ -80,7 +82,7 @@ class Tuner:
         messages = [Message("user", message)] if isinstance(message, str) else list(message)
         if system is not None:
             messages.insert(0, Message("system", system))
-        yield from self._generator().stream(Request(messages=messages), Sampling(**sampling))
+        yield from self._generator().stream(Request(messages=messages), validate(Sampling, sampling))
 
     def export(self, out: str | Path, **options: Any) -> dict[str, Any]:
         """A merged Hugging Face folder (see tunery.export.merge.export). Raises ConfigError before `train`."""
@@ -89,6 +91,13 @@ class Tuner:
         if self.result is None:
             raise ConfigError("Tuner.export: nothing is trained yet; call train() first")
         return export(self.result.output, out, **options)
+
+    def _section(self, name: str) -> dict[str, Any]:
+        """A section as it was given, to add to (a copy)."""
+        section = self._values.get(name) or {}
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{name}: expected a mapping, got {section!r}")
+        return dict(section)
 
     def _generator(self) -> Any:
         from tunery.generate.hf import HFGenerator

@@ -153,7 +153,7 @@ def check(config: Source, overrides: Overrides = None) -> None:
 def inspect(
     config: Source,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(help="rows to show")] = 2,
+    rows: Annotated[int, typer.Option(min=1, help="rows to show")] = 2,
     seed: Annotated[int, typer.Option(help="which rows")] = 0,
 ) -> None:
     """Show sample rows as tokens coloured by what is trained, their exact text, and the lengths."""
@@ -175,7 +175,10 @@ def convert(
     if out is None:
         print(text, end="")
     else:
-        out.write_text(text, encoding="utf-8")
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from None
 
 
 @app.command(rich_help_panel=DATA)

@@ -330,6 +330,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         near = nearest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
         raise ConfigError(f"{path}: no such file{near}") from None
+    except IsADirectoryError:
+        inside = next((f", such as {file}" for file in sorted(path.glob("*.yaml"))), "")
+        raise ConfigError(f"{path}: is a folder; give a YAML or JSON file{inside}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
