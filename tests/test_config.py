@@ -219,7 +219,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(ConfigError, match=r"is a folder; give a YAML or JSON file, such as .*quickstart\.yaml"):
         read_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"is a folder; give a YAML or JSON file, such as .*quickstart\.yaml"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_config(tmp_path / "latin.yaml")
 
 
