@@ -37,6 +37,15 @@ def fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def check_dtype(name: str) -> None:
+    """Raises ConfigError for a dtype that cannot be trained in."""
+    if name == "float16":
+        raise ConfigError(
+            "model.dtype: float16 overflows without loss scaling and is emulated on a CPU; "
+            "use bfloat16 or float32 (auto chooses)"
+        )
+
+
 class Engine:
     """`rank` of `world` processes (started by torchrun or alone), each with a `device`, computing in `dtype`."""
 
@@ -54,11 +63,7 @@ class Engine:
     def _dtype(self, name: str) -> torch.dtype:
         if name == "auto":
             return torch.bfloat16 if fast_bfloat16(self.device) else torch.float32
-        if name == "float16":
-            raise ConfigError(
-                "model.dtype: float16 overflows without loss scaling and is emulated on a CPU; "
-                "use bfloat16 or float32 (auto chooses)"
-            )
+        check_dtype(name)
         return DTYPES[name]
 
     # ------------------------------------------------------------------ ranks

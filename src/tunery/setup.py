@@ -18,7 +18,7 @@ from tunery.data.loader import Cut, Loader, StreamLoader
 from tunery.data.store import TokenStore
 from tunery.data.template import ChatTemplate, load_template
 from tunery.diagnose import DataCounts
-from tunery.engine import Engine
+from tunery.engine import Engine, check_dtype
 from tunery.errors import ConfigError, ModelError
 from tunery.job import Job
 from tunery.models.load import (
@@ -191,6 +191,7 @@ def check_job(job: Job) -> None:
     data, model = job.data, job.model
     if not data.train:
         raise ConfigError("data.train: is required: a path, or a list of paths")
+    check_dtype(model.dtype)
     require(job.report)
     if data.eval is None:
         for key, value in (("patience", job.eval.patience), ("generate", job.eval.generate or None)):
