@@ -35,6 +35,9 @@ class ToyTemplate:
             return Refused("too long", f"{len(ids)} tokens > {self.max_length}")
         return [Tokens(np.array(ids, np.int32), np.array(weights, np.float32))]
 
+    def unwritable(self, examples: list[Example]) -> list[list]:
+        return [[] for _ in examples]
+
     def encode_texts(self, examples: list[Example], append_eos: bool = True) -> list[list[Tokens] | Refused]:
         self.rows_encoded += len(examples)
         result: list[list[Tokens] | Refused] = []

@@ -11,6 +11,7 @@ from toy_template import ToyObjective, ToyTemplate
 from tunery.config import validate
 from tunery.data.check import check
 from tunery.data.dataset import DataConfig
+from tunery.objectives import pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +94,10 @@ def test_a_stream_is_read_to_its_end(tmp_path):
         ToyObjective(),
     )
     assert report.rows == 1501 and report.sources[0].refused == {"wrong type": 1}
+
+
+def test_plain_text_has_no_answers_that_fill_max_length(tmp_path):
+    (tmp_path / "x.txt").write_text("a" * 99 + "\n" + "b" * 250 + "\n")
+    config = validate(DataConfig, {"train": str(tmp_path / "x.txt"), "max_length": 100})
+    report = check(config, ToyTemplate(100), pretrain.Objective(pretrain.Config()))
+    assert report.train.examples == 4 and report.warnings == []

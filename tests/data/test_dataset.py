@@ -146,8 +146,14 @@ def test_configuration_that_cannot_work_is_refused_before_reading(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.train: no data given"):
         go()
     for fraction in (0.0, 1.0, 1.5):
-        with pytest.raises(ConfigError, match="a fraction must lie between 0 and 1"):
+        with pytest.raises(ConfigError, match="eval: expected a fraction between 0 and 1"):
             go(train="x.jsonl", eval=fraction)
+    for number in (0, 1, 2, True):
+        with pytest.raises(ConfigError, match="eval: expected a fraction between 0 and 1"):
+            go(train="x.jsonl", eval=number)
+    for value in (5, 0.5, [5], ["x.jsonl", None]):
+        with pytest.raises(ConfigError, match=r"train: expected a path, a mapping \{path: \.\.\.\}, or a list"):
+            go(train=value)
     with pytest.raises(ConfigError, match=r"data\.train\[0\]\.weight is 2\.0, but data\.mix is concat"):
         go(train=[{"path": "x.jsonl", "weight": 2.0}])
     with pytest.raises(ConfigError, match="of a stream cannot be held out"):
@@ -174,7 +180,7 @@ def test_train_rows_that_eval_has_too_are_removed_and_counted(tmp_path):
     data = go(train=train, eval=held)
     assert texts(data.train) == ["q1|a1|", "q3|a3|"] and texts(data.eval) == ["q2|a2|", "q9|a9|"]
     assert data.report.sources[0].overlap == 2 and data.report.sources[0].used == 2
-    with pytest.raises(DataError, match="no row is left; all 1 usable rows are in the evaluation data too"):
+    with pytest.raises(DataError, match=r"no row is left; all 1 usable rows are in the evaluation data too$"):
         go(train=lines(tmp_path / "z.jsonl", alpaca(2)), eval=held)
 
 
@@ -182,7 +188,20 @@ def test_copies_of_a_held_out_row_leave_train_too(tmp_path):
     path = lines(tmp_path / "x.jsonl", alpaca(*range(10)) * 2)
     data = go(train=path, eval=0.1)
     assert data.eval is not None and not set(texts(data.train)) & set(texts(data.eval))
-    assert data.report.sources[0].overlap + data.report.sources[0].used == 18
+    source = data.report.sources[0]
+    assert (source.held_out, source.used, source.overlap) == (2, 18, 0)
+
+
+def test_many_copies_do_not_cost_training_its_other_rows(tmp_path):
+    """Oracle: what is left is all rows but one group of equal ones."""
+    path = lines(tmp_path / "x.jsonl", alpaca(*range(40), *[100] * 30, *[101] * 30))
+    data = go(train=path, eval=0.1)
+    assert data.eval is not None and len(data.eval) == 10 and len(data.train) == 90
+    assert Counter(texts(data.train))["q100|a100|"] == Counter(texts(data.train))["q101|a101|"] == 30
+    data = go(train=lines(tmp_path / "y.jsonl", alpaca(*[1] * 30, *[2] * 20)), eval=0.1)
+    assert texts(data.eval) == ["q2|a2|"] * 20 and texts(data.train) == ["q1|a1|"] * 30
+    with pytest.raises(DataError, match=r"cannot hold out 0\.5 of 4 usable rows that say the same"):
+        go(train=lines(tmp_path / "z.jsonl", alpaca(1, 1, 1, 1)), eval=0.5)
 
 
 def test_too_few_rows_to_hold_some_out(tmp_path):
@@ -325,3 +344,42 @@ def test_real_rows_are_what_the_template_makes_of_each_alone(tmp_path):
         assert not isinstance(expected, Refused)
         for left, right in zip(data.train.sequences(number), expected, strict=True):
             assert np.array_equal(left.ids, right.ids) and np.array_equal(left.weights, right.weights)
+
+
+# ---------------------------------------------------------------- what is said of rows that are used, and of an epoch
+
+
+def test_rejected_answers_are_counted_and_said_also_from_the_cache(tmp_path):
+    rows = [*alpaca(*range(5)), *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(4))]
+    train = [lines(tmp_path / "x.jsonl", rows[:5]), lines(tmp_path / "y.jsonl", rows[5:])]
+    for cache in ("built", "hit"):
+        data = go(train=train)
+        assert data.report.cache == cache and texts(data.train)[-1] == "p3|a|"
+        (warning,) = data.report.all_warnings()
+        assert warning.startswith("rows with a rejected answer, which objective sft does not use: 4 (first: ")
+    streamed = go(train=train, streaming=True).report.all_warnings()
+    assert streamed == [warning]
+
+
+def test_thumbs_down_are_not_trained_as_good_answers(tmp_path):
+    rows = [{**row, "kto_tag": i % 2 == 0} for i, row in enumerate(alpaca(*range(4)))]
+    data = go(train=lines(tmp_path / "x.jsonl", rows), max_bad=1.0)
+    assert texts(data.train) == ["q0|a0|", "q2|a2|"] and data.report.reasons() == {"thumbs down": 2}
+
+
+def test_the_report_shows_the_rows_of_a_weighted_epoch(tmp_path):
+    a, b = lines(tmp_path / "a.jsonl", alpaca(*range(30))), lines(tmp_path / "b.jsonl", alpaca(*range(100, 110)))
+    for _ in range(2):
+        data = go(train=[{"path": a, "weight": 1.0}, {"path": b, "weight": 3.0}], mix="weighted")
+        assert [source.used for source in data.report.sources] == [30, 10]
+        rows, tokens = zip(*(source.epoch for source in data.report.sources if source.epoch), strict=True)
+        assert rows == (10, 30) and sum(tokens) == data.report.train.tokens
+        assert tokens[1] == 30 * len("q100|a100|")
+    assert go(train=a).report.sources[0].epoch is None
+
+
+def test_the_headline_and_the_reasons_agree(tmp_path):
+    path = lines(tmp_path / "x.jsonl", [*alpaca(*range(6)), "{", {"instruction": "q" * 60, "output": "long"}])
+    with pytest.raises(DataError) as caught:
+        go(ToyTemplate(50), train=path)
+    assert str(caught.value).startswith("1 of 8 rows") and "too long" not in str(caught.value)

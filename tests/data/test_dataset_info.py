@@ -156,3 +156,13 @@ def test_its_own_demo_sets_are_read_to_the_last_row(name, rows, what):
     assert all(has(example) for example in examples)
     if what == "tools":
         assert any(message.tool_calls for example in examples for message in example.messages)
+
+
+def test_ranking_without_pairs_is_named(tmp_path):
+    entry = {**FILE, "ranking": True}
+    info(tmp_path, entry, [{"instruction": "a", "output": "c"}])
+    with pytest.raises(ConfigError, match=r"'mine': ranking is true, but no row has both 'chosen' and 'rejected'"):
+        read(tmp_path)
+    info(tmp_path, entry, [{"instruction": "a", "chosen": "c", "rejected": "d"}])
+    (example,) = read(tmp_path)
+    assert contents(example) == ["a", "c"] and isinstance(example, Example) and example.rejected

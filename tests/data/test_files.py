@@ -162,3 +162,20 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         numbered(tmp_path / "tran.jsonl")
     with pytest.raises(DataError, match=r"folder .* does not exist either"):
         numbered(tmp_path / "nowhere" / "x.jsonl")
+
+
+def test_a_file_of_another_name_is_not_suggested(tmp_path):
+    write(tmp_path / "p8.jsonl", "{}")
+    with pytest.raises(DataError, match=r"nope\.jsonl: no such file in "):
+        numbered(tmp_path / "nope.jsonl")
+    with pytest.raises(DataError, match=r"did you mean .*p8\.jsonl"):
+        numbered(tmp_path / "p8.json")
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_another_separator_in_a_csv_is_said(tmp_path, mark):
+    path = write(tmp_path / "x.csv", f"instruction{mark}output\nHi, you{mark}Hello\n")
+    with pytest.raises(
+        DataError, match=r"the header is one field, .*save it with commas as \.csv, or with tabs as \.tsv"
+    ):
+        numbered(path)

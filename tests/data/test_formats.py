@@ -396,3 +396,12 @@ def test_no_row_makes_a_format_crash(data):
         for value in (message.name, message.tool_call_id, message.reasoning):
             assert value is None or isinstance(value, str)
     check_example(example) if example.messages or example.text else None
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "image_url": "b"}, {"type": "image_url", "image_url": {"url": "b"}}]
+)
+def test_a_message_of_a_picture_alone_is_a_row_with_media(part):
+    row = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A cat."}]}
+    example = openai.parse(row, {}, {})
+    assert example.media == [{"type": "image", "value": part["image_url"]}] and example.messages[0].content == ""

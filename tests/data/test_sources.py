@@ -169,3 +169,31 @@ def test_the_format_is_chosen_by_the_first_readable_row(tmp_path):
     path = str(lines(tmp_path / "x.jsonl", [None] * 250 + alpaca("a")))
     *bad, (_, row, last) = read(Source(path=path))
     assert len(bad) == 250 and row == 251 and isinstance(last, Example)
+
+
+def test_an_unknown_format_names_its_place(tmp_path):
+    path = lines(tmp_path / "x.jsonl", alpaca("a"))
+    with pytest.raises(ConfigError, match=r"data\.train\[1\]\.format: .*'alpacca'; did you mean 'alpaca'"):
+        locate(Source(path=str(path), format="alpacca"), "data.train[1]")
+
+
+def test_columns_say_the_format(tmp_path):
+    path = lines(tmp_path / "x.jsonl", [{"q": "Hi", "a": "Hello"}])
+    report = SourceReport("data.train[0]", "x")
+    ((_, _, example),) = read_examples(locate(Source(path=str(path), columns={"prompt": "q", "response": "a"})), report)
+    assert report.format == "alpaca" and isinstance(example, Example)
+    assert [message.content for message in example.messages] == ["Hi", "Hello"]
+    path = lines(tmp_path / "y.jsonl", [{"body": "Hi"}])
+    ((_, _, example),) = read(Source(path=str(path), columns={"text": "body"}))
+    assert isinstance(example, Example) and example.text == "Hi"
+    path = lines(tmp_path / "z.jsonl", [{"chat": [{"role": "user", "content": "Hi"}], "note": "n"}])
+    ((_, _, example),) = read(Source(path=str(path), columns={"messages": "chat"}))
+    assert isinstance(example, Example) and example.messages[0].content == "Hi"
+
+
+def test_a_mapped_column_that_is_not_there_is_named_before_the_format(tmp_path):
+    path = lines(tmp_path / "x.jsonl", [{"question_": "Hi", "a": "Hello"}])
+    with pytest.raises(
+        ConfigError, match=r"columns\.prompt: no row of .* has a column 'question'; did you mean 'question_'"
+    ):
+        read(Source(path=str(path), columns={"prompt": "question", "response": "a"}))

@@ -32,15 +32,15 @@ def test_processes_give_what_one_gives_in_the_same_order():
     examples[5] = Example([Message("user", "no answer")])
     examples[2 * CHUNK + 3] = Example([Message("user", "x" * 99), Message("assistant", "y")])
     parts: list[int] = []
-    alone, refused = run(examples, template=ToyTemplate(50))
-    both, refused_too = run(examples, template=ToyTemplate(50), workers=2, progress=parts.append)
+    alone, marks = run(examples, template=ToyTemplate(50))
+    both, marks_too = run(examples, template=ToyTemplate(50), workers=2, progress=parts.append)
     assert worker_count(len(examples), 2) == 2 or os.name != "posix"
     left, right = pack_store(alone, ["f"]), pack_store(both, ["f"])
     assert np.array_equal(left.ids, right.ids) and np.array_equal(left.weights, right.weights)
     assert np.array_equal(left.rows, right.rows)
     assert (
-        refused
-        == refused_too
+        marks.refused
+        == marks_too.refused
         == [
             (5, Refused("no assistant turn")),
             (2 * CHUNK + 3, Refused("too long", "102 tokens > 50")),
@@ -58,10 +58,10 @@ def test_little_is_done_in_line():
 
 def test_each_piece_of_a_text_is_an_example_of_its_own():
     template = ToyTemplate(4)
-    kept, refused = encode_examples(
+    kept, marks = encode_examples(
         [Example(text="abcdefgh"), Example(text="xy")], pretrain.Objective(pretrain.Config()), template
     )
-    assert [(number, len(row)) for number, row in kept] == [(0, 1), (0, 1), (0, 1), (1, 1)] and not refused
+    assert [(number, len(row)) for number, row in kept] == [(0, 1), (0, 1), (0, 1), (1, 1)] and not marks.refused
 
 
 def test_sequences_of_a_conversation_stay_together_and_none_is_refused():
@@ -70,9 +70,9 @@ def test_sequences_of_a_conversation_stay_together_and_none_is_refused():
             one = Tokens(np.zeros(2, np.int32), np.ones(2, np.float32))
             return [[one, one], []]
 
-    kept, refused = encode_examples(conversations(2), Pieces(), None)
+    kept, marks = encode_examples(conversations(2), Pieces(), ToyTemplate())
     assert [(number, len(row)) for number, row in kept] == [(0, 2)]
-    assert refused == [(1, Refused("nothing to train"))]
+    assert marks.refused == [(1, Refused("nothing to train"))]
 
 
 class Killed:

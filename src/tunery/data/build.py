@@ -101,14 +101,27 @@ def _read(source: Located, number: int, report: DataReport, files: dict[str, int
 
 
 def _hold_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """A seeded draw of a fraction of the rows, at least one. Raises DataError where nothing would be left."""
+    """A seeded draw of a fraction of the rows, at least one. Rows that say the same go together, so that training keeps
+    its copies of all others; where even the smallest such group is over the fraction, it is held out. Raises DataError
+    where nothing would be left."""
     count = max(1, round(fraction * len(rows.examples)))
-    if count >= len(rows.examples):
+    order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(rows.examples)).tolist()
+    groups: dict[Hashable, list[int]] = {}
+    for number in order:
+        groups.setdefault(identity(rows.examples[number]), []).append(number)
+    chosen: list[int] = []
+    for group in groups.values():
+        if len(chosen) + len(group) <= count:
+            chosen += group
+        if len(chosen) == count:
+            break
+    chosen = sorted(chosen or min(groups.values(), key=len, default=[]))
+    if len(chosen) >= len(rows.examples):
+        copies = " that say the same" if len(groups) == 1 and count < len(rows.examples) else ""
         raise DataError(
-            f"data.eval: cannot hold out {fraction:g} of {len(rows.examples):,} usable rows and train on the others"
+            f"data.eval: cannot hold out {fraction:g} of {len(rows.examples):,} usable rows{copies} and train on the "
+            "others"
         )
-    order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(rows.examples))
-    chosen = np.sort(order[:count]).tolist()
     return rows.without(set(chosen)), replace(rows.keep(chosen), held_out=True)
 
 
@@ -147,14 +160,17 @@ def _tokenised(
         advance(count)
         inputs.beat()
 
-    chunks, refused = tokenise(rows.examples, rows.origins, inputs.objective, inputs.template, inputs.workers, progress)
-    for number, why in refused:
+    chunks, marks = tokenise(rows.examples, rows.origins, inputs.objective, inputs.template, inputs.workers, progress)
+    for number, why in marks.refused:
         source, file, row = rows.origins[number]
         if why.reason == "too long" and inputs.too_long == "error":
             raise too_long(files[file], row, why)
         report.refuse(source, files[file], row, why)
-    _count_used(report, rows.keep([number for number, _ in refused]), -1)
-    bad = {number for number, _ in refused}
+    for number, remark in marks.noted:
+        source, file, row = rows.origins[number]
+        report.note(source, files[file], row, remark)
+    _count_used(report, rows.keep([number for number, _ in marks.refused]), -1)
+    bad = {number for number, _ in marks.refused}
     return pack_store(chunks, files), [i for i in range(len(rows.examples)) if i not in bad]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tunery.data.dataset import DataConfig, Prepared, prepare
 from tunery.data.examples import identity, read_examples, whole_identity
-from tunery.data.report import DataReport, SourceReport
+from tunery.data.report import DataReport, Finding, SourceReport
 from tunery.data.store import TokenStore
 from tunery.data.stream import StreamingExamples
 from tunery.types import Example
@@ -24,22 +23,6 @@ _MARKERS = re.compile(
 )
 _PLACEHOLDER = re.compile(r"\{\{ ?\w+ ?\}\}")
 _LONG = 0.9  # an answer of this share of data.max_length
-
-
-@dataclass
-class Finding:
-    """Rows with one thing in common: how many, and where the first ones are."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, where: str) -> None:
-        self.count += 1
-        if len(self.first) < 3:
-            self.first.append(where)
-
-    def __str__(self) -> str:
-        return f"{self.count:,} (first: {', '.join(self.first)})"
 
 
 def check(config: DataConfig, template: Any, objective: Any, *, seed: int = 0, console: Any = None) -> DataReport:
@@ -66,7 +49,8 @@ def check(config: DataConfig, template: Any, objective: Any, *, seed: int = 0, c
 
 def _long_answers(store: TokenStore, max_length: int) -> list[str]:
     found = Finding()
-    for number in np.flatnonzero(store.labelled >= _LONG * max_length).tolist():
+    answered = store.labelled < store.lengths - 1  # else every token is trained: plain text, which has no answer
+    for number in np.flatnonzero(answered & (store.labelled >= _LONG * max_length)).tolist():
         if len(store.sequence_lengths(number)) == 1:
             found.add(_place(*store.origin(number)))
     if not found.count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,13 +24,24 @@ from tunery.data.stream import Stream, StreamingExamples
 from tunery.errors import ConfigError, DataError
 from tunery.types import Example
 
+_ACCEPTED = "a path, a mapping {path: ...}, or a list of these"
+
 
 def _sources(value: Any) -> Any:
     """A path, a mapping, or a list of either -> a list of mappings."""
-    if value is None or isinstance(value, float):
-        return value
     items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str | Mapping | Source) for item in items):
+        raise ValueError(f"expected {_ACCEPTED}")
     return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+def _held(value: Any) -> Any:
+    """The same, or a fraction, or nothing."""
+    if value is None or (isinstance(value, float) and 0 < value < 1):
+        return value
+    if isinstance(value, int | float):
+        raise ValueError(f"expected a fraction between 0 and 1, such as 0.02, or {_ACCEPTED}")
+    return _sources(value)
 
 
 Sources = Annotated[list[Source], BeforeValidator(_sources), ShortForms("path")]
@@ -40,7 +51,7 @@ class DataConfig(Config):
     """The `data:` section."""
 
     train: Sources = Field(default=[], description="path, list, or {path, format, columns, weight, samples, split}")
-    eval: Annotated[list[Source] | float | None, BeforeValidator(_sources), ShortForms("path")] = Field(
+    eval: Annotated[list[Source] | float | None, BeforeValidator(_held), ShortForms("path")] = Field(
         default=None, description="the same as train, or a fraction of it to hold out, such as 0.02"
     )
     dataset_dir: str | None = Field(
@@ -82,9 +93,9 @@ def prepare(
 ) -> Prepared:
     """Everything about the data, before any model is loaded: find, read, parse, check, split, tokenise.
 
-    `template` has encode_many, encode_texts and fingerprint (data/template.py), `objective` rows (objectives/);
-    `cache_key` is whatever else decides the tokens; `console` a rich console for the progress bar. Raises ConfigError
-    and DataError."""
+    `template` has encode_many, encode_texts, unwritable and fingerprint (data/template.py), `objective` rows
+    (objectives/); `cache_key` is whatever else decides the tokens; `console` a rich console for the progress
+    bar. Raises ConfigError and DataError."""
     started = time.perf_counter()
     check_config(config)
     train = [locate(s, f"data.train[{i}]", config.dataset_dir) for i, s in enumerate(config.train)]
@@ -113,6 +124,10 @@ def prepare(
     if config.mix == "weighted":
         store = store.select(mix([source.source.weight for source in train], store.source, seed))
         built.report.train = SplitReport.of(store)
+        drawn = store.source[store.index]
+        for number, entry in enumerate(built.report.sources[: len(train)]):
+            mine = drawn == number
+            entry.epoch = int(mine.sum()), int(store.lengths[mine].sum())
     return Prepared(store, built.eval, built.eval_examples, built.report, train)
 
 
@@ -171,8 +186,6 @@ def check_config(config: DataConfig) -> None:
     """What can be said before any file is opened. Raises ConfigError."""
     if not config.train:
         raise ConfigError("data.train: no data given; name a file, a folder, a hub data set, or a list of them")
-    if isinstance(config.eval, float) and not 0 < config.eval < 1:
-        raise ConfigError(f"data.eval: a fraction must lie between 0 and 1, got {config.eval}")
     if config.streaming and isinstance(config.eval, float):
         raise ConfigError(
             f"data.eval: {config.eval} of a stream cannot be held out, since its length is not known; "

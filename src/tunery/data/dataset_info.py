@@ -59,13 +59,15 @@ def look_up(source: Source, key: str, folder: Path, entry: dict[str, Any]) -> Lo
     if unknown:
         raise ConfigError(f"{where} has the key {unknown[0]!r}, which Tunery does not know")
     meant, defaults = translate(source, entry, where)
+    ranking = where if entry.get("ranking") else ""
     if "file_name" in entry:
         path = folder / entry["file_name"]
         if not path.exists():
             raise DataError(f"{where}: the file {path} does not exist")
-        return Located(meant, key, files=local_files(path, meant, key), defaults=defaults)
+        return Located(meant, key, files=local_files(path, meant, key), defaults=defaults, ranking=ranking)
     if "hf_hub_url" in entry:
-        return Located(meant, key, hub=entry["hf_hub_url"], hub_folder=entry.get("folder"), defaults=defaults)
+        hub, folder_there = entry["hf_hub_url"], entry.get("folder")
+        return Located(meant, key, hub=hub, hub_folder=folder_there, defaults=defaults, ranking=ranking)
     for other, what in (
         ("script_url", "a loading script, which would run somebody's code"),
         ("ms_hub_url", "ModelScope"),

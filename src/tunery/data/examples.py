@@ -77,8 +77,11 @@ def choose_format(located: Located, rows: Sequence[Mapping[str, Any]], report: S
     if source.format != "auto":
         report.format = source.format
     else:
-        name = detect_format(rows)
+        name = detect_format(rows, source.columns) or detect_format(rows)
         if name is None:
+            unseen = set(source.columns.values()) - {"", *(name for row in rows for name in row)}
+            if unseen:
+                raise _no_column(located, unseen, rows)
             columns = ", ".join(map(repr, itertools.islice(rows[0], 12))) + (", ..." if len(rows[0]) > 12 else "")
             raise DataError(
                 f"{located.key}: no format fits {located.name}, whose rows have the columns {columns}. Name one with "
@@ -91,8 +94,21 @@ def choose_format(located: Located, rows: Sequence[Mapping[str, Any]], report: S
         _check_names(source.tags, getattr(module, "TAGS", {}), f"{located.key}.tags", report.format)
     _check_names(source.columns, module.COLUMNS, f"{located.key}.columns", report.format)
     report.columns = choose_columns(module.COLUMNS, {**located.defaults, **source.columns}, rows)
+    if located.ranking:
+        _check_pairs(located, report.columns, rows)
     there = {str(name) for row in rows for name in row}
     report.unread = sorted(there - set(report.columns.values()))
+
+
+def _check_pairs(located: Located, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError where dataset_info.json says ranking, and no row has a chosen and a rejected answer."""
+    pair = columns.get("chosen", ""), columns.get("rejected", "")
+    if not any(all(row.get(name) is not None for name in pair) for row in rows):
+        there = ", ".join(map(str, dict.fromkeys(name for row in rows for name in row)))
+        raise ConfigError(
+            f"{located.ranking}: ranking is true, but no row has both {pair[0]!r} and {pair[1]!r} (there: {there}); "
+            "name its columns chosen and rejected, or leave ranking out"
+        )
 
 
 def choose_columns(

@@ -49,8 +49,10 @@ def missing(path: Path) -> DataError:
     parent = path.parent
     if not parent.is_dir():
         return DataError(f"{path}: no such file; the folder {parent} does not exist either")
-    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.5)
-    return DataError(f"{path}: no such file" + (f"; did you mean {parent / near[0]}?" if near else f" in {parent}"))
+    there = {entry.stem: entry.name for entry in sorted(parent.iterdir(), reverse=True)}
+    near = difflib.get_close_matches(path.stem, list(there), n=1, cutoff=0.7)  # the extension would make all alike
+    hint = f"; did you mean {parent / there[near[0]]}?" if near else f" in {parent}"
+    return DataError(f"{path}: no such file{hint}")
 
 
 def _nonempty(path: Path, rows: Rows) -> Rows:
@@ -137,6 +139,12 @@ def _csv(path: Path, delimiter: str) -> Rows:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             header = [name or f"column {i}" for i, name in enumerate(next(reader, []), 1)]
+            other = next((mark for mark in (";", "\t", "|") if mark in header[0]), None) if len(header) == 1 else None
+            if other is not None:
+                raise DataError(
+                    f"{path}: the header is one field, {header[0]!r}: this file separates its fields with {other!r}, "
+                    f"not {delimiter!r}; save it with commas as .csv, or with tabs as .tsv"
+                )
             if len(set(header)) != len(header):
                 raise DataError(f"{path}: two columns have the same name ({', '.join(header)})")
             number = 0

@@ -17,6 +17,7 @@ from tunery.types import Refused
 # Refused by a choice of the user's, not because the row is bad: shown, but not counted against data.max_bad.
 BY_CHOICE = frozenset({"too long"})
 _SHOWN = 5
+_PLACES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,39 @@ class RefusedRow:
         return f"{self.file}:{self.row}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A remark on a row that is used: `what` is a phrase to count by, "rows with ...", `detail` is for this row."""
+
+    what: str
+    detail: str = ""
+
+
+@dataclass
+class Finding:
+    """Rows with one thing in common: how many, and where the first ones are."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        self.count += 1
+        if len(self.first) < _PLACES:
+            self.first.append(where)
+
+    def join(self, other: Finding) -> None:
+        """Add rows found elsewhere."""
+        self.count += other.count
+        self.first = (self.first + other.first)[:_PLACES]
+
+    def __str__(self) -> str:
+        return f"{self.count:,} (first: {', '.join(self.first)})"
+
+
 @dataclass
 class SourceReport:
-    """One entry of data.train or data.eval. Rows read = used + held_out + overlap + those refused."""
+    """One entry of data.train or data.eval. Rows read = used + held_out + overlap + those refused. `noted`: remarks on
+    rows that are used. `epoch`: rows and tokens of an epoch, where data.mix is weighted."""
 
     key: str
     path: str
@@ -52,6 +83,14 @@ class SourceReport:
     truncated: int = 0
     tokens: int = 0
     labelled: int = 0
+    noted: dict[str, Finding] = field(default_factory=dict)
+    epoch: tuple[int, int] | None = None
+
+    @classmethod
+    def load(cls, values: dict[str, Any]) -> SourceReport:
+        """From what `asdict` makes."""
+        noted = {what: Finding(**finding) for what, finding in values["noted"].items()}
+        return cls(**{**values, "noted": noted, "epoch": values["epoch"] and tuple(values["epoch"])})
 
     @property
     def all_refused(self) -> int:
@@ -116,6 +155,19 @@ class DataReport:
         reasons[why.reason] = reasons.get(why.reason, 0) + 1
         self.refused.append(RefusedRow(file, row, why.reason, why.detail, source))
 
+    def note(self, source: int, file: str, row: int, remark: Noted) -> None:
+        """Count a remark on a row that is used."""
+        detail = f" {remark.detail}" if remark.detail else ""
+        self.sources[source].noted.setdefault(remark.what, Finding()).add(f"{file}:{row}{detail}")
+
+    def all_warnings(self) -> list[str]:
+        """The remarks on rows, over all sources, as sentences; then `warnings`."""
+        noted: dict[str, Finding] = {}
+        for source in self.sources:
+            for what, finding in source.noted.items():
+                noted.setdefault(what, Finding()).join(finding)
+        return [f"{what}: {finding}" for what, finding in noted.items()] + self.warnings
+
     def reasons(self) -> dict[str, int]:
         """Refused rows by reason, over all sources, most frequent first."""
         total: Counter[str] = Counter()
@@ -133,6 +185,7 @@ class DataReport:
         """Everything but the full list of refused rows (the first few of each reason stand for it)."""
         values = asdict(self)
         del values["refused"]
+        values["warnings"] = self.all_warnings()
         first = {reason: [asdict(row) for row in self.first(reason)] for reason in self.reasons()}
         return {**values, "rows": self.rows, "refused": self.reasons(), "first_refused": first}
 
@@ -153,7 +206,7 @@ class DataReport:
     def load(cls, path: Path) -> DataReport:
         values = json.loads(path.read_text(encoding="utf-8"))
         return cls(
-            sources=[SourceReport(**source) for source in values["sources"]],
+            sources=[SourceReport.load(source) for source in values["sources"]],
             train=SplitReport(**values["train"]),
             eval=SplitReport(**values["eval"]) if values["eval"] else None,
             refused=[RefusedRow(**row) for row in values["refused"]],
@@ -171,11 +224,13 @@ class DataReport:
         table.add_column("data", overflow="fold")
         table.add_column("format")
         names = ["rows", "used", "held out", "in eval", "copies", "refused", "cut", "tokens", "trained"]
+        names += ["rows an epoch", "tokens an epoch"]
         values = [
             [s.rows, s.used, s.held_out, s.overlap, s.duplicates, s.all_refused, s.truncated, s.tokens, s.labelled]
+            + list(s.epoch or (0, 0))
             for s in self.sources
         ]
-        seldom = ("held out", "in eval", "copies", "cut")
+        seldom = ("held out", "in eval", "copies", "cut", "rows an epoch", "tokens an epoch")
         kept = [i for i, name in enumerate(names) if name not in seldom or any(numbers[i] for numbers in values)]
         for i in kept:
             table.add_column(names[i], justify="right")
@@ -204,7 +259,7 @@ class DataReport:
                     f"{name}: {side.examples:,} examples, {side.sequences:,} sequences, {side.tokens:,} tokens, "
                     f"{side.labelled:,} trained; tokens per example: {spread}"
                 )
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"warning: {warning}" for warning in self.all_warnings()]
         how = {
             "hit": "from the cache",
             "built": "tokenised and cached",
@@ -221,7 +276,7 @@ def enforce_share(report: DataReport, max_bad: float) -> None:
     if rows and bad / rows > max_bad:
         raise DataError(
             f"{bad:,} of {rows:,} rows cannot be used ({bad / rows:.1%}; data.max_bad is {max_bad:.1%}):\n"
-            + _why(report.refused)
+            + _why([row for row in report.refused if row.reason not in BY_CHOICE])
         )
 
 
@@ -245,7 +300,8 @@ def enforce_learnable(report: DataReport) -> None:
         if not side.examples:
             lost = sum(source.overlap for source in sources)
             why = f"; all {lost:,} usable rows are in the evaluation data too" if lost else ""
-            raise DataError(f"data.{key}: no row is left{why}:\n{_why(report.refused)}")
+            refused = f":\n{_why(report.refused)}" if report.refused else ""
+            raise DataError(f"data.{key}: no row is left{why}{refused}")
         if not side.labelled:
             raise DataError(
                 f"data.{key}: none of the {side.tokens:,} tokens is trained; the answers have weight 0, or the "

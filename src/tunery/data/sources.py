@@ -14,6 +14,7 @@ from pydantic import Field
 
 from tunery.config import Config
 from tunery.data.files import EXTENSIONS, missing, read_file, without_nulls
+from tunery.data.formats import load_format
 from tunery.errors import ConfigError, DataError
 from tunery.types import Refused
 
@@ -39,7 +40,8 @@ class Source(Config):
 class Located:
     """A source that was found: `files` on this machine, or a `hub` name (with a folder of it, where one is meant).
     `key` is its place in the configuration, for messages; `defaults` are columns under the names that
-    dataset_info.json implies ("" for none), where the source does not name them itself."""
+    dataset_info.json implies ("" for none), where the source does not name them itself; `ranking` names the entry of
+    dataset_info.json that says its rows are preference pairs."""
 
     source: Source
     key: str
@@ -47,6 +49,7 @@ class Located:
     hub: str | None = None
     hub_folder: str | None = None
     defaults: dict[str, str] = field(default_factory=dict)
+    ranking: str = ""
 
     @property
     def name(self) -> str:
@@ -56,6 +59,11 @@ class Located:
 def locate(source: Source, key: str = "data.train", dataset_dir: str | None = None) -> Located:
     """Find a source, without reading it. A name in dataset_info.json comes first, then a path on this machine, then
     a hub name. Raises ConfigError or DataError naming the nearest thing there is."""
+    if source.format != "auto":
+        try:
+            load_format(source.format)
+        except ConfigError as error:
+            raise ConfigError(f"{key}.format: {error}") from error
     names: list[str] = []
     if dataset_dir is not None:
         from tunery.data.dataset_info import look_up, read_info

@@ -96,13 +96,15 @@ class StreamingExamples:
         return seen
 
     def _encode(self, chunk: list[Row], report: DataReport) -> list[Item]:
-        kept, refused = encode_examples([example for *_, example in chunk], self.stream.objective, self.stream.template)
-        for number, why in refused:
+        kept, marks = encode_examples([example for *_, example in chunk], self.stream.objective, self.stream.template)
+        for number, why in marks.refused:
             source, file, row, _ = chunk[number]
             if why.reason == "too long" and self.stream.too_long == "error":
                 raise too_long(file, row, why)
             report.sources[source].used -= 1
             report.refuse(source, file, row, why)
+        for number, remark in marks.noted:
+            report.note(*chunk[number][:3], remark)
         for number, sequences in kept:
             source = report.sources[chunk[number][0]]
             source.sequences += len(sequences)

@@ -23,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from tunery.data.characters import Writer, check_vocabulary
 from tunery.data.codec import Codec
 from tunery.data.drafts import Draft, Drafter
 from tunery.data.encode import Encoder
 from tunery.data.parse import parse_answer
 from tunery.data.render import Renderer, RowRefused, check_text
+from tunery.data.report import Noted
 from tunery.data.truncate import shorten
 from tunery.errors import ConfigError, DataError, TemplateError
 from tunery.types import Example, Message, Refused, Tokens
@@ -50,9 +52,11 @@ def load_template(
 
     A tokenizer without a template gives, for "auto", a ChatTemplate that can encode plain text only (`source` is
     None) and raises TemplateError when a conversation comes. `max_length` is in tokens; None is no limit.
-    `system` is put before conversations that have no system message."""
+    `system` is put before conversations that have no system message. Raises TemplateError, also for a tokenizer without
+    a vocabulary."""
     if too_long not in TOO_LONG:
         raise ConfigError(f"too_long is {too_long!r}; it can be {', '.join(TOO_LONG)}")
+    check_vocabulary(tokenizer)
     if name == "auto":
         source = _own_source(getattr(tokenizer, "chat_template", None))
     elif name in named_templates():
@@ -265,6 +269,19 @@ class ChatTemplate:
         for tokens in made:
             tokens.extra["truncated"] = True
         return made
+
+    def unwritable(self, examples: Sequence[Example]) -> list[Refused | list[Noted]]:
+        """What of each example this tokenizer has no tokens for: Refused where that is most of what is trained, else
+        remarks. Always empty for tokenizers that write bytes, and these are not asked row by row."""
+        if self._writer.complete:
+            return [[] for _ in examples]
+        return self._writer.judge(
+            [replace(e, messages=self._with_system(e.messages)) if e.messages else e for e in examples]
+        )
+
+    @cached_property
+    def _writer(self) -> Writer:
+        return Writer(self.tokenizer)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         if self.system is not None and not any(message.role == "system" for message in messages):

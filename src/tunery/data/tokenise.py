@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
+from tunery.data.report import Noted
 from tunery.data.store import Chunk
 from tunery.errors import DataError
 from tunery.types import Example, Refused, Tokens
@@ -22,7 +23,16 @@ CHUNK = 1000
 _ENOUGH = 2000  # fewer rows are done sooner than processes are started
 
 Origin = tuple[int, int, int]  # source, file index, row
-Encoded = tuple[Chunk, list[tuple[int, Refused]]]
+
+
+class Marks(NamedTuple):
+    """What is to be said of examples, by their numbers: why one is not used, remarks on one that is."""
+
+    refused: list[tuple[int, Refused]]
+    noted: list[tuple[int, Noted]]
+
+
+Encoded = tuple[Chunk, Marks]
 
 # What the worker processes inherit by fork: (examples, origins, objective, template).
 _inherited: tuple[Sequence[Example], Sequence[Origin], Any, Any] | None = None
@@ -35,20 +45,21 @@ def tokenise(
     template: Any,
     workers: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
-) -> tuple[list[Chunk], list[tuple[int, Refused]]]:
-    """The usable examples as chunks in order, and (number, why) of the others. `progress` is called with the rows of
+) -> tuple[list[Chunk], Marks]:
+    """The usable examples as chunks in order, and what is to be said of all. `progress` is called with the rows of
     each finished chunk. Raises DataError where a worker process dies."""
     count = worker_count(len(examples), workers)
     source = _in_processes if count > 1 else _in_line
     chunks: list[Chunk] = []
-    refused: list[tuple[int, Refused]] = []
-    for start, (chunk, bad) in zip(
+    marks = Marks([], [])
+    for start, (chunk, more) in zip(
         range(0, len(examples), CHUNK), source(examples, origins, objective, template, count), strict=True
     ):
         chunks.append(chunk)
-        refused += bad
+        marks.refused.extend(more.refused)
+        marks.noted.extend(more.noted)
         progress(min(CHUNK, len(examples) - start))
-    return chunks, refused
+    return chunks, marks
 
 
 def worker_count(rows: int, workers: int | None) -> int:
@@ -74,30 +85,37 @@ def _may_fork() -> bool:
 
 def encode_examples(
     examples: Sequence[Example], objective: Any, template: Any
-) -> tuple[list[tuple[int, Sequence[Tokens]]], list[tuple[int, Refused]]]:
-    """(number, sequences) of what can be trained, and (number, why) of the rest. Each sequence of a text becomes an
-    example of its own: nothing makes them share a step, and a book must not become one stream."""
+) -> tuple[list[tuple[int, Sequence[Tokens]]], Marks]:
+    """(number, sequences) of what can be trained, and what is to be said of the rows. Each sequence of a text becomes
+    an example of its own: nothing makes them share a step, and a book must not become one stream.
+
+    An objective may have `unused(example)`: what it leaves of a row that it uses, as "rows with ..., which ...", or
+    None."""
     kept: list[tuple[int, Sequence[Tokens]]] = []
-    refused: list[tuple[int, Refused]] = []
+    marks = Marks([], [])
+    unused = getattr(objective, "unused", None)
     rows = objective.rows(examples, template)
+    usable = [number for number, row in enumerate(rows) if row and not isinstance(row, Refused)]
+    lost = dict(zip(usable, template.unwritable([examples[number] for number in usable]), strict=True))
     for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
-        if isinstance(row, Refused):
-            refused.append((number, row))
-        elif not row:
-            refused.append((number, Refused("nothing to train")))
-        elif example.text is not None:
-            kept += [(number, [tokens]) for tokens in row]
-        else:
-            kept.append((number, row))
-    return kept, refused
+        why = row if isinstance(row, Refused) else lost.get(number, Refused("nothing to train"))
+        if isinstance(row, Refused) or isinstance(why, Refused):
+            marks.refused.append((number, why))
+            continue
+        marks.noted.extend((number, remark) for remark in why)
+        if unused is not None and (what := unused(example)):
+            marks.noted.append((number, Noted(what)))
+        kept += [(number, [tokens]) for tokens in row] if example.text is not None else [(number, row)]
+    return kept, marks
 
 
 def _encode_chunk(
     start: int, examples: Sequence[Example], origins: Sequence[Origin], objective: Any, template: Any
 ) -> Encoded:
-    kept, refused = encode_examples(examples[start : start + CHUNK], objective, template)
+    kept, marks = encode_examples(examples[start : start + CHUNK], objective, template)
     chunk = Chunk([row for _, row in kept], [origins[start + number] for number, _ in kept])
-    return chunk, [(start + number, why) for number, why in refused]
+    refused, noted = ([(start + number, mark) for number, mark in side] for side in marks)
+    return chunk, Marks(refused, noted)
 
 
 def _in_line(

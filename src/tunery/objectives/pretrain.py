@@ -11,6 +11,8 @@ from torch import Tensor
 from tunery.config import KindConfig
 from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
 
+_CONVERSATION = Refused("wrong objective", "the row is a conversation; objective: sft trains its answers")
+
 
 class Config(KindConfig):
     kind: str = "pretrain"
@@ -25,7 +27,10 @@ class Objective:
         self.config = config
 
     def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return template.encode_texts(examples, append_eos=self.config.append_eos)
+        texts = iter(
+            template.encode_texts([e for e in examples if e.text is not None], append_eos=self.config.append_eos)
+        )
+        return [next(texts) if example.text is not None else _CONVERSATION for example in examples]
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.weights_T.sum()

@@ -26,7 +26,14 @@ class Objective:
         self.config = config
 
     def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return template.encode_many(examples, train=self.config.train_on)
+        why = [_unfit(example) for example in examples]
+        fit = [example for example, refused in zip(examples, why, strict=True) if refused is None]
+        made = iter(template.encode_many(fit, train=self.config.train_on))
+        return [refused or next(made) for refused in why]
+
+    def unused(self, example: Example) -> str | None:
+        """What of a usable row is not trained on, to be counted and said."""
+        return "rows with a rejected answer, which objective sft does not use" if example.rejected else None
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.weights_T.sum()
@@ -34,3 +41,14 @@ class Objective:
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         nll = policy.nll(batch)
         return Loss(nll, {"loss": (nll.detach(), batch.weights_T.sum())})
+
+
+def _unfit(example: Example) -> Refused | None:
+    """Why a row is not for this objective."""
+    if example.text is not None:
+        return Refused("wrong objective", "the row is plain text; objective: pretrain trains it")
+    if example.label is False:
+        return Refused(
+            "thumbs down", "objective sft would train it as a good answer; leave out the rows with label false"
+        )
+    return None

@@ -37,12 +37,24 @@ def load_format(name: str) -> Any:
     return module
 
 
-def detect_format(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The format that recognises the most of these rows; None where none does."""
+def detect_format(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str | None:
+    """The format that recognises the most of these rows; None where none does. `columns` (our name -> the data's) says
+    what is there under another name: only formats with such columns are asked, and see them under their usual names."""
+    given = columns or {}
     modules = {name: load_format(name) for name in kinds(FOLDER)}
-    found = {name: sum(bool(module.detect(row)) for row in rows) for name, module in modules.items()}
-    best = max(found, key=lambda name: found[name])
-    return best if found[best] else None
+    asked = {name: module for name, module in modules.items() if given.keys() <= module.COLUMNS.keys()}
+    found = {
+        name: sum(bool(module.detect(_usual(row, given, module.COLUMNS))) for row in rows)
+        for name, module in asked.items()
+    }
+    best = max(found, key=lambda name: found[name], default="")
+    return best if found.get(best) else None
+
+
+def _usual(row: Mapping[str, Any], given: Mapping[str, str], known: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
+    """The row with its columns under the names a format looks for first."""
+    renamed = {known[ours][0]: row[theirs] for ours, theirs in given.items() if theirs in row}
+    return {**{name: value for name, value in row.items() if name not in given.values()}, **renamed}
 
 
 # ---------------------------------------------------------------- what several formats read the same way

@@ -179,7 +179,7 @@ def _weight(item: Mapping[str, Any]) -> float | None:
 
 def _parts(parts: list[Any], media: list[Any]) -> tuple[str | None, str | None, list[Any]]:
     """(text, reasoning, tool calls) of a content given in parts; images and the like are added to `media`."""
-    texts, thoughts, calls = [], [], []
+    texts, thoughts, calls, seen = [], [], [], False
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str):
@@ -192,9 +192,12 @@ def _parts(parts: list[Any], media: list[Any]) -> tuple[str | None, str | None, 
         elif kind == "tool_call":
             calls += read_calls(value) if isinstance(value, str) else [read_call(value)]
         elif kind.removesuffix("_url") in ("image", "video", "audio", "input_audio"):
+            seen = True
             media.append({"type": kind.removesuffix("_url").removeprefix("input_"), "value": value})
         else:
             raise RowError("bad content part", f"unknown type {kind!r}")
     if not all(isinstance(text, str) for text in [*texts, *thoughts]):
         raise RowError("bad content part", "the text of a part is not text")
+    if not texts and seen:  # a message of pictures alone says nothing, which is not the same as no content
+        texts.append("")
     return "".join(texts) if texts else None, "".join(thoughts) if thoughts else None, calls
