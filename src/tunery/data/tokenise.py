@@ -114,8 +114,8 @@ def _encode_chunk(
 ) -> Encoded:
     kept, marks = encode_examples(examples[start : start + CHUNK], objective, template)
     chunk = Chunk([row for _, row in kept], [origins[start + number] for number, _ in kept])
-    refused, noted = ([(start + number, mark) for number, mark in side] for side in marks)
-    return chunk, Marks(refused, noted)
+    refused = [(start + number, why) for number, why in marks.refused]
+    return chunk, Marks(refused, [(start + number, remark) for number, remark in marks.noted])
 
 
 def _in_line(
