@@ -72,5 +72,8 @@ def test_half_written_folders_are_not_checkpoints(tmp_path):
 def test_room_is_checked_beforehand(tmp_path):
     check_room(tmp_path / "new" / "run", 1000)
     assert (tmp_path / "new" / "run").is_dir() and not list((tmp_path / "new" / "run").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_room(tmp_path / "file", 0)
     with pytest.raises(CheckpointError, match=r"MB free and the run will write about"):
         check_room(tmp_path, 10**18)

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_runs import losses, tiny_job
-from tunery.errors import ConfigError, DataError, NonFiniteError
+from tunery.errors import ConfigError, DataError, ModelError, NonFiniteError
 from tunery.loop import run_job
+from tunery.models.load import resolve_name
 from tunery.schedule import factor
 
 
@@ -182,6 +183,12 @@ def test_a_checkpoint_of_another_run_is_not_mixed_in(tmp_path):
 def test_options_that_could_do_nothing_are_refused(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words):
         run_job(tiny_job(tmp_path, **changes))
+
+
+def test_weights_of_another_model_are_no_start(tmp_path):
+    job = tiny_job(tmp_path, model={"init_from": resolve_name("builtin:tiny")})
+    with pytest.raises(ModelError, match=r"model\.init_from: .*(model_type|vocab_size)"):
+        run_job(job)
 
 
 def test_an_adapter_as_the_model_is_explained(tmp_path):

@@ -119,6 +119,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 def check_room(output: Path, bytes_needed: int) -> None:
     """Before training: the folder can be made and written, and the disk holds what the run will write. Raises
     CheckpointError otherwise."""
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"output: {output} is a file; a run needs a folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".writable"

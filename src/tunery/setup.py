@@ -138,6 +138,7 @@ def load_start(job: Job, adapter: Any, resume: Path | None, engine: Engine) -> t
         source, dtype = _from_folder(source, resume), torch.promote_types(dtype, torch.float32)
     elif start is not None and not start_adapter:
         source = _from_folder(source, start)
+        _same_kind(job.model, source)
     engine.seed(job.train.seed, 0)
     model = load_model(source, dtype, engine.device, None if job.model.attention == "auto" else job.model.attention)
     if start_adapter and adapter.whole and resume is None:
@@ -159,6 +160,17 @@ def _from_folder(model: ModelConfig, folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: holds neither an adapter (adapter_config.json) nor a model (config.json)")
     return model.model_copy(update={"name": str(folder), "revision": None, "random_init": False})
+
+
+def _same_kind(base: ModelConfig, start: ModelConfig) -> None:
+    """The weights to start from are of the model whose tokenizer is used. Raises ModelError otherwise."""
+    ours, theirs = (load_config(model).get_text_config() for model in (base, start))
+    for key in ("model_type", "vocab_size"):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise ModelError(
+                f"model.init_from: {start.name} has {key} {getattr(theirs, key)}, and {base.name} {getattr(ours, key)}; "
+                "start from weights of the same model, or give them as model.name"
+            )
 
 
 def parameter_groups(model: Any, adapter: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:

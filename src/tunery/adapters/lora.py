@@ -113,7 +113,11 @@ class Adapter:
         for config in model.peft_config.values():
             config.base_model_name_or_path = base
         if not self._pissa_start:
+            card = folder / "README.md"
+            had_card = card.exists()
             model.save_pretrained(str(folder), save_embedding_layers=False)
+            if not had_card:  # PEFT's is an empty form
+                card.unlink(missing_ok=True)
             return
         tensors: dict[str, Tensor] = {}
         for name, layer in _lora_layers(model):
