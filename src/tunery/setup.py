@@ -168,8 +168,8 @@ def _same_kind(base: ModelConfig, start: ModelConfig) -> None:
     for key in ("model_type", "vocab_size"):
         if getattr(ours, key) != getattr(theirs, key):
             raise ModelError(
-                f"model.init_from: {start.name} has {key} {getattr(theirs, key)}, and {base.name} {getattr(ours, key)}; "
-                "start from weights of the same model, or give them as model.name"
+                f"model.init_from: {start.name} has {key} {getattr(theirs, key)}, and {base.name} "
+                f"{getattr(ours, key)}; start from weights of the same model, or give them as model.name"
             )
 
 
