@@ -132,8 +132,8 @@ def table(results: list[dict[str, Any]]) -> str:
         + ", ".join(f"{name} {number}" for name, number in versions().items())
         + ".",
         "",
-        "Loss per answer token on held-out rows (10%), before training and with the best weights (of the random model: the",
-        "training loss at the first and the tenth step). For comparison, the untrained models' loss on plain Dolly text is "
+        "Loss per answer token on held-out rows (10%), before training and with the best weights (of the random model:",
+        "the training loss at steps 1 and 10). For comparison, the untrained models' loss on plain Dolly text is "
         + " and ".join(f"{loss} ({name})" for name, loss in PLAIN_DOLLY.items())
         + ".",
         "",
