@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +104,31 @@ def test_the_collector_comes_back_even_after_an_error():
         assert not gc.isenabled()
         raise ValueError("x")
     assert gc.isenabled()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_workers_do_not_outlive_a_parent_that_is_killed():
+    code = (
+        "import time, tunery.data.tokenise as t\n"
+        "from tunery.types import Example\n"
+        "class Slow:\n"
+        "    def rows(self, examples, template):\n"
+        "        time.sleep(60)\n"
+        "work = t._in_processes([Example(text='a')] * 5000, [('f', 1)] * 5000, Slow(), None, 2)\n"
+        "next(work)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    children: list[str] = []
+    deadline = time.time() + 30
+    while len(children) < 2 and time.time() < deadline:
+        found = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=False)
+        children = found.stdout.split()
+        time.sleep(0.1)
+    assert len(children) == 2
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    time.sleep(0.5)
+    for child in children:
+        status = Path(f"/proc/{child}/stat")
+        assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"

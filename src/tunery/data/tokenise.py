@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -132,7 +133,9 @@ def _in_processes(
     global _inherited
     _inherited = (examples, origins, objective, template)
     gc.freeze()  # else the children's collectors would touch, and so copy, every page of the examples
-    pool = ProcessPoolExecutor(count, mp_context=get_context("fork"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(
+        count, mp_context=get_context("fork"), initializer=_start_worker, initargs=(os.getpid(),)
+    )
     try:
         with warnings.catch_warnings():
             # Python warns of forking with threads alive; the children only use the tokenizer, which handles a fork.
@@ -151,7 +154,11 @@ def _in_processes(
         _inherited = None
 
 
-def _start_worker() -> None:
+def _start_worker(parent: int) -> None:
+    # A parent that is killed outright cannot stop its workers: let the kernel do it (prctl(2), PR_SET_PDEATHSIG).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before the line above
     gc.enable()  # it may be off in the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
