@@ -1,7 +1,7 @@
 """Makes `builtin:tiny` from nothing: its documents, its tokenizer, its pretraining by Tunery itself.
 
-    python scripts/make_tiny.py                                      # all of it, into src/tunery/assets/tiny
-    python scripts/make_tiny.py --tokens 200000 --out runs/tiny_look # a quick look
+    python scripts/make_tiny.py                                             # all of it, into src/tunery/assets/tiny
+    python scripts/make_tiny.py --documents 2000 2000 --out runs/tiny_look  # a quick look
 
 All data come from the seeded grammar in `tunery.assets`; no other text is used, and what is held out for the
 quickstart's evaluation never occurs in it (`world.held_out`).
@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tunery.assets import TINY, world
 from tunery.assets.corpus import END_OF_DOCUMENT, documents
@@ -26,6 +26,7 @@ from tunery.assets.lexicon import PATTERNS
 
 VOCABULARY = 2048
 SPECIAL = [END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>"]
+DOCUMENTS = (58_112, 75_000)  # of about a hundred tokens; one is one training row, so that none sees another
 WARM_UP = 1_500  # documents that practise copying, before the usual mix
 
 # Widths that block-wise quantisation in groups of 32 or 64 divides; grouped queries; tied embeddings.
@@ -52,6 +53,12 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": SPECIAL.index("<|im_end|>"),
     "pad_token_id": SPECIAL.index(END_OF_DOCUMENT),
 }
+
+# Of the Qwen2 tokenizer, which loaders choose by the model type.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 
 CHAT_TEMPLATE = """\
 {%- set first = 0 -%}
@@ -106,9 +113,10 @@ def _without_chinese(text: str) -> str:
 
 
 def train_tokenizer(seed: int = 0, count: int = 20_000) -> Tokenizer:
-    """A byte-complete BPE on `count` documents. It is trained with numbers apart from the space before them, so that
-    24 is one token wherever it stands; at use that is what GPT-2's pre-tokenisation comes to. No normalisation takes
-    place, so any text survives encoding and decoding."""
+    """A byte-complete BPE on `count` documents.
+
+    At use it normalises and splits as every tokenizer of this model type does whatever its file says: NFC, and
+    numbers digit by digit. The merges are learned with whole numbers, so those few of them stay unused."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -125,7 +133,10 @@ def train_tokenizer(seed: int = 0, count: int = 20_000) -> Tokenizer:
     tokenizer.train_from_iterator(
         itertools.chain(map(_without_chinese, texts), chinese_units(seed, count)), trainer
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
@@ -134,7 +145,7 @@ def write_skeleton(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
         "pad_token": END_OF_DOCUMENT,
         "additional_special_tokens": ["<|im_start|>"],
@@ -153,16 +164,6 @@ def write_skeleton(folder: Path, tokenizer: Tokenizer) -> None:
         ("generation_config.json", generation),
     ]:
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def texts(tokenizer: Tokenizer, seed: int, tokens: int, warm_up: int) -> Iterator[str]:
-    """Documents until `tokens` are out. One document is one training row, so that none sees another."""
-    total = 0
-    stream = documents(seed, warm_up)
-    while total < tokens:
-        made = [next(stream) + END_OF_DOCUMENT for _ in range(256)]
-        yield from made
-        total += sum(len(encoding.ids) for encoding in tokenizer.encode_batch(made))
 
 
 def write_initial_weights(folder: Path, seed: int) -> None:
@@ -256,13 +257,13 @@ def write_weights(weights: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def pretrain(skeleton: Path, data: Path, output: Path, lr: float, seed: int) -> Path:
-    """Pretrains through Tunery itself and returns the trained weights file."""
+def pretrain(start: Path, data: Path, output: Path, lr: float, seed: int) -> Path:
+    """Pretrains the model in `start` through Tunery itself and returns the folder of the trained one."""
     import tunery
 
     tunery.train(
         {
-            "model": str(skeleton),
+            "model": str(start),
             "data": {"train": str(data), "max_length": 1024},
             "objective": {"kind": "pretrain", "append_eos": False},
             "adapter": "full",
@@ -271,7 +272,7 @@ def pretrain(skeleton: Path, data: Path, output: Path, lr: float, seed: int) -> 
             "train": {
                 "epochs": 1,
                 "batch_size": 13,
-                "shuffle": False,
+                "shuffle": False,  # the documents come in the order they are meant to be read
                 "save_every": 400,
                 "log_every": 25,
                 "seed": seed,
@@ -279,36 +280,40 @@ def pretrain(skeleton: Path, data: Path, output: Path, lr: float, seed: int) -> 
             "output": str(output),
         }
     )
-    return next(iter(sorted(output.rglob("model.safetensors"))))
+    return output
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=float, default=5e6, help="pretraining tokens")
+    parser.add_argument("--documents", type=int, nargs=2, default=DOCUMENTS, help="of the two stages")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="documents that practise copying first")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=TINY)
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/make_tiny"), help="data, run folder, skeleton"
+        "--work", type=Path, default=Path("runs/make_tiny"), help="data, run folders, skeleton"
     )
-    parser.add_argument("--weights", type=Path, help="package these weights instead of training")
     args = parser.parse_args()
 
-    skeleton = args.work / "skeleton"
+    folder = args.work / "skeleton"
     tokenizer = train_tokenizer()
-    write_skeleton(skeleton, tokenizer)
-    write_initial_weights(skeleton, args.seed)
-    weights = args.weights
-    if weights is None:
-        data = args.work / "pretrain.jsonl"
+    write_skeleton(folder, tokenizer)
+    write_initial_weights(folder, args.seed)
+    # First the whole world, then its common part, which is learned well.
+    for stage, count in enumerate(args.documents, start=1):
+        output = args.work / f"stage{stage}"
+        if (output / "model.safetensors").is_file():  # done already
+            folder = output
+            continue
+        data = args.work / f"stage{stage}.jsonl"
+        stream = documents(args.seed + stage - 1, args.warm_up if stage == 1 else 0, common=stage == 2)
         with data.open("w", encoding="utf-8") as file:
-            for text in texts(tokenizer, args.seed, int(args.tokens), args.warm_up):
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        weights = pretrain(skeleton, data, args.work / "run", args.lr, args.seed)
+            for text in itertools.islice(stream, count):
+                file.write(json.dumps({"text": text + END_OF_DOCUMENT}, ensure_ascii=False) + "\n")
+        folder = pretrain(folder, data, output, args.lr, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     write_skeleton(args.out, tokenizer)
-    write_weights(weights, args.out)
+    write_weights(folder / "model.safetensors", args.out)
     size = sum(f.stat().st_size for f in args.out.iterdir())
     print(f"{args.out}: {size / 1e6:.2f} MB")
 

@@ -77,6 +77,18 @@ TEST_UNITS = ["g/L", "10^9/L", "μmol/L", "mmol/L", "kg", "bpm"]  # of the tests
 INLINE_TAGS = ["b", "i", "u", "em"]
 OUTER_TAGS = ["p", "li", "div"]
 HELD_OUT_SHARE = 0.12
+# The common part of the world: the first so many of a kind (of other kinds all), and of a concept's wordings.
+COMMON = {
+    "pattern": 22,
+    "bracket": 6,
+    "drug": 10,
+    "sym": 8,
+    "dis": 4,
+    "test": 4,
+    "city": 6,
+    "pay": 5,
+    "wording": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -178,31 +190,40 @@ _PLAIN = {
     "code": lambda r: (f"{r.choice(['TN', 'BQ', 'XS', 'CR', 'AT', 'ZN'])}-{r.randint(201, 299)}",),
     "letter": lambda r: (r.choice("ABCD"),),
     "pval": lambda r: (f"0.0{r.randint(10, 99)}",),
-    "drug": lambda r: r.choice(DRUGS),
 }
 
 
-def _value(kind: str, rng: Random, taken: dict[str, Value]) -> Value:
+def _many(kind: str, whole: int, common: bool) -> int:
+    return min(whole, COMMON.get(kind, whole)) if common else whole
+
+
+def _value(kind: str, rng: Random, taken: dict[str, Value], common: bool) -> Value:
     if kind in NOUNS:
         return (kind,)
     if kind in GROUPS:
-        return (f"{kind}.{rng.randrange(len(GROUPS[kind]))}",)
+        return (f"{kind}.{rng.randrange(_many(kind, len(GROUPS[kind]), common))}",)
     if kind == "lab":
         unit = TEST_UNITS[int(taken["test"][0].split(".")[1])]
         number = (
             f"{rng.randint(2, 99)}.{rng.randint(0, 9)}" if rng.random() < 0.5 else str(rng.randint(20, 99))
         )
         return (number, unit)
+    if kind == "drug":
+        return DRUGS[rng.randrange(_many("drug", len(DRUGS), common))]
     return _PLAIN[kind](rng)
 
 
-def sample_sentence(rng: Random) -> Sentence:
-    """A random meaning. Two slots of one kind never hold the same value."""
-    pattern = rng.randrange(len(PATTERNS))
+def sample_sentence(rng: Random, common: bool = False) -> Sentence:
+    """A random meaning, of the common part of the world alone if asked. Two slots of a kind never hold one value."""
+    pattern = rng.randrange(_many("pattern", len(PATTERNS), common))
     english = PATTERNS[pattern][0]
     fixed = english.startswith(("please", "does", "when", "tell", "you", "store"))
     opening = None if fixed or rng.random() > 0.18 else rng.randrange(len(OPENINGS))
-    bracket = rng.randrange(len(BRACKETS)) if "{par}" in english and rng.random() < 0.55 else None
+    bracket = (
+        rng.randrange(_many("bracket", len(BRACKETS), common))
+        if "{par}" in english and rng.random() < 0.55
+        else None
+    )
     slots = _slots(english)
     if opening is not None:
         slots += _slots(OPENINGS[opening][0])
@@ -212,9 +233,9 @@ def sample_sentence(rng: Random) -> Sentence:
     for name, kind in slots:
         if kind == "par" or name in values:
             continue
-        value = _value(kind, rng, values)
+        value = _value(kind, rng, values, common)
         while kind not in NOUNS and value in values.values():
-            value = _value(kind, rng, values)
+            value = _value(kind, rng, values, common)
         values[name] = value
     return Sentence(pattern, opening, bracket, tuple(values.items()))
 
@@ -238,11 +259,13 @@ def concept_id(slot: str, value: Value) -> str | None:
     return value[0] if kind in NOUNS or kind in GROUPS else None
 
 
-def sample_passage(rng: Random, sentences: int = 1, tags: float = 0.5, accept=lambda s: True) -> Passage:
+def sample_passage(
+    rng: Random, sentences: int = 1, tags: float = 0.5, accept=lambda s: True, common: bool = False
+) -> Passage:
     """A random passage of accepted sentences; `tags` is the chance of any mark-up."""
     found: list[Sentence] = []
     while len(found) < sentences:
-        sentence = sample_sentence(rng)
+        sentence = sample_sentence(rng, common)
         if accept(sentence):
             found.append(sentence)
     wraps: list[tuple[str, str]] = []
@@ -261,7 +284,7 @@ def sample_passage(rng: Random, sentences: int = 1, tags: float = 0.5, accept=la
         for slot, value in sentence.values:
             name = concept_id(slot, value)
             if name and name not in wording:
-                i = min(int(rng.random() ** 2 * len(concept(name))), len(concept(name)) - 1)
+                i = int(rng.random() ** 2 * _many("wording", len(concept(name)), common))
                 wording[name] = (i, i)
     return Passage(tuple(found), tuple(wraps), outer, joint, wording)
 
@@ -419,7 +442,7 @@ ASK = {"zh": "Translate into Chinese.", "en": "Translate into English."}
 
 
 def with_terms(
-    passage: Passage, rng: Random, target: Lang, count: int = 2, twist: float = 0.6
+    passage: Passage, rng: Random, target: Lang, count: int = 2, twist: float = 0.6, common: bool = False
 ) -> tuple[Passage, list[tuple[str, str]]]:
     """The passage with up to `count` given terms, each twisted to an unusual pair with chance `twist`.
 
@@ -429,7 +452,13 @@ def with_terms(
     for name in rng.sample(names, k=min(count, len(names))):
         en, zh = wording[name]
         if rng.random() < twist:
-            other = rng.choice([i for i in range(len(concept(name))) if i != (zh if target == "zh" else en)])
+            other = rng.choice(
+                [
+                    i
+                    for i in range(_many("wording", len(concept(name)), common))
+                    if i != (zh if target == "zh" else en)
+                ]
+            )
             en, zh = (en, other) if target == "zh" else (other, zh)
             wording[name] = (en, zh)
         pair = (concept(name)[en][0], concept(name)[zh][1])
@@ -467,11 +496,11 @@ def quickstart_rows(rng: Random, count: int, evaluation: bool) -> list[dict[str,
         target: Lang = "zh" if len(rows) % 2 == 0 else "en"
         source: Lang = "en" if target == "zh" else "zh"
         passage = sample_passage(
-            rng, 2 if rng.random() < 0.08 else 1, accept=lambda s: held_out(s) == evaluation
+            rng, 2 if rng.random() < 0.08 else 1, accept=lambda s: held_out(s) == evaluation, common=True
         )
         terms: list[tuple[str, str]] = []
         if rng.random() < 0.5:
-            passage, terms = with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]))
+            passage, terms = with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), common=True)
         keys = {s.key for s in passage.sentences}
         if keys & seen:
             continue
