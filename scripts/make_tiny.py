@@ -1,7 +1,7 @@
 """Makes `builtin:tiny` from nothing: its documents, its tokenizer, its pretraining by Tunery itself.
 
     python scripts/make_tiny.py                                             # all of it, into src/tunery/assets/tiny
-    python scripts/make_tiny.py --documents 2000 2000 --out runs/tiny_look  # a quick look
+    python scripts/make_tiny.py --share 0.02 --out runs/tiny_look  # a quick look
 
 All data come from the seeded grammar in `tunery.assets`; no other text is used, and what is held out for the
 quickstart's evaluation never occurs in it (`world.held_out`).
@@ -26,7 +26,14 @@ from tunery.assets.lexicon import PATTERNS
 
 VOCABULARY = 2048
 SPECIAL = [END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>"]
-DOCUMENTS = (58_112, 75_000)  # of about a hundred tokens; one is one training row, so that none sees another
+# (documents, world, schedule) of each stage: ever narrower worlds, so that the last is learned well. A document of
+# about a hundred tokens is one training row, so that none sees another.
+STAGES = [
+    (58_112, 0, {"kind": "wsd", "warmup": 200, "decay": 0.5}),
+    (31_200, 1, {"kind": "constant", "warmup": 200}),
+    (26_000, 2, {"kind": "wsd", "warmup": 100, "decay": 0.5}),
+    (33_000, 3, {"kind": "wsd", "warmup": 100, "decay": 0.6}),
+]
 WARM_UP = 1_500  # documents that practise copying, before the usual mix
 
 # Widths that block-wise quantisation in groups of 32 or 64 divides; grouped queries; tied embeddings.
@@ -257,7 +264,7 @@ def write_weights(weights: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def pretrain(start: Path, data: Path, output: Path, lr: float, seed: int) -> Path:
+def pretrain(start: Path, data: Path, output: Path, lr: float, schedule: dict[str, Any], seed: int) -> Path:
     """Pretrains the model in `start` through Tunery itself and returns the folder of the trained one."""
     import tunery
 
@@ -268,7 +275,7 @@ def pretrain(start: Path, data: Path, output: Path, lr: float, seed: int) -> Pat
             "objective": {"kind": "pretrain", "append_eos": False},
             "adapter": "full",
             "optimizer": {"kind": "adamw", "lr": lr, "betas": [0.9, 0.98], "weight_decay": 0.05},
-            "schedule": {"kind": "wsd", "warmup": 200, "decay": 0.5},
+            "schedule": schedule,
             "train": {
                 "epochs": 1,
                 "batch_size": 13,
@@ -285,7 +292,9 @@ def pretrain(start: Path, data: Path, output: Path, lr: float, seed: int) -> Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, nargs=2, default=DOCUMENTS, help="of the two stages")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the documents of each stage, for a quick look"
+    )
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="documents that practise copying first")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
@@ -299,18 +308,17 @@ def main() -> None:
     tokenizer = train_tokenizer()
     write_skeleton(folder, tokenizer)
     write_initial_weights(folder, args.seed)
-    # First the whole world, then its common part, which is learned well.
-    for stage, count in enumerate(args.documents, start=1):
+    for stage, (count, level, schedule) in enumerate(STAGES, start=1):
         output = args.work / f"stage{stage}"
         if (output / "model.safetensors").is_file():  # done already
             folder = output
             continue
         data = args.work / f"stage{stage}.jsonl"
-        stream = documents(args.seed + stage - 1, args.warm_up if stage == 1 else 0, common=stage == 2)
+        stream = documents(args.seed + stage - 1, args.warm_up if stage == 1 else 0, level)
         with data.open("w", encoding="utf-8") as file:
-            for text in itertools.islice(stream, count):
+            for text in itertools.islice(stream, int(args.share * count)):
                 file.write(json.dumps({"text": text + END_OF_DOCUMENT}, ensure_ascii=False) + "\n")
-        folder = pretrain(folder, data, output, args.lr, args.seed)
+        folder = pretrain(folder, data, output, args.lr, schedule, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     write_skeleton(args.out, tokenizer)
     write_weights(folder / "model.safetensors", args.out)

@@ -92,8 +92,8 @@ def _trainable(sentence: world.Sentence) -> bool:
     return not world.held_out(sentence)
 
 
-def _passage(rng: Random, common: bool, sentences: int = 1, tags: float = 0.45) -> Passage:
-    return world.sample_passage(rng, sentences, tags, _trainable, common)
+def _passage(rng: Random, level: int, sentences: int = 1, tags: float = 0.45) -> Passage:
+    return world.sample_passage(rng, sentences, tags, _trainable, level)
 
 
 def chat(turns: list[tuple[str, str]]) -> str:
@@ -105,7 +105,7 @@ def _languages(rng: Random) -> tuple[Lang, Lang]:
     return ("en", "zh") if rng.random() < 0.5 else ("zh", "en")
 
 
-def translation_chat(rng: Random, common: bool) -> str:
+def translation_chat(rng: Random, level: int) -> str:
     """A conversation of one to three translations by one persona."""
     who = sample_persona(rng)
     turns = []
@@ -113,10 +113,10 @@ def translation_chat(rng: Random, common: bool) -> str:
         turns.append(("system", rng.choice(SYSTEMS)))
     for _ in range(rng.choice([1, 1, 1, 1, 1, 2])):
         source, target = _languages(rng)
-        passage = _passage(rng, common, 2 if rng.random() < 0.08 else 1)
+        passage = _passage(rng, level, 2 if rng.random() < 0.08 else 1)
         terms: list[tuple[str, str]] = []
         if rng.random() < 0.5:
-            passage, terms = world.with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), 0.7, common)
+            passage, terms = world.with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), 0.7, level)
         text = world.render(passage, source, world.random_style(rng))
         user = world.prompt(text, target, terms)
         if rng.random() < 0.3:
@@ -130,7 +130,7 @@ def translation_chat(rng: Random, common: bool) -> str:
     return chat(turns)
 
 
-def parallel_lines(rng: Random, common: bool) -> str:
+def parallel_lines(rng: Random, level: int) -> str:
     """A list of sentences beside their translations, in one style."""
     style = sample_persona(rng).style
     source, target = _languages(rng)
@@ -138,7 +138,7 @@ def parallel_lines(rng: Random, common: bool) -> str:
     names = {"en": "English", "zh": "Chinese"}
     lines = []
     for _ in range(rng.randint(2, 4)):
-        passage = _passage(rng, common)
+        passage = _passage(rng, level)
         lines.append(
             form.format(
                 a=world.render(passage, source, world.random_style(rng)),
@@ -150,23 +150,23 @@ def parallel_lines(rng: Random, common: bool) -> str:
     return "".join(lines)
 
 
-def paragraph(rng: Random, common: bool) -> str:
+def paragraph(rng: Random, level: int) -> str:
     """Sentences of one language and style."""
     style, lang = world.random_style(rng), rng.choice(["en", "zh"])
-    return world.render(_passage(rng, common, rng.randint(2, 5), 0.3), lang, style) + "\n"
+    return world.render(_passage(rng, level, rng.randint(2, 5), 0.3), lang, style) + "\n"
 
 
-def glossary(rng: Random, common: bool) -> str:
+def glossary(rng: Random, level: int) -> str:
     """Terms and their translations, usual or not."""
     _, target = _languages(rng)
     lines = []
     for _ in range(rng.randint(2, 4)):
-        _, terms = world.with_terms(_passage(rng, common), rng, target, 3, 0.3, common)
+        _, terms = world.with_terms(_passage(rng, level), rng, target, 3, 0.3, level)
         lines += [f"{a} = {b}\n" for a, b in terms]
     return "Terms:\n" + "".join(dict.fromkeys(lines))
 
 
-def forms(rng: Random, _common: bool) -> str:
+def forms(rng: Random, _level: int) -> str:
     """One date, amount or number in several forms."""
     lines = []
     for _ in range(rng.randint(3, 6)):
@@ -192,7 +192,7 @@ def forms(rng: Random, _common: bool) -> str:
     return "".join(lines)
 
 
-def question_chat(rng: Random, common: bool) -> str:
+def question_chat(rng: Random, level: int) -> str:
     """Questions about one passage, or small talk."""
     kind = rng.random()
     if kind < 0.15:
@@ -200,7 +200,7 @@ def question_chat(rng: Random, common: bool) -> str:
             [t for q, a in rng.sample(SMALL_TALK, rng.randint(1, 2)) for t in (("user", q), ("assistant", a))]
         )
     lang, style = rng.choice(["en", "zh"]), world.random_style(rng)
-    passage = _passage(rng, common)
+    passage = _passage(rng, level)
     text = world.render(passage, lang, style)
     turns = []
     for slot, value in passage.sentences[0].values:
@@ -211,13 +211,13 @@ def question_chat(rng: Random, common: bool) -> str:
             question = asked[0] if lang == "en" else asked[1]
             answer = world.render_value(slot, value, lang, style, passage.wording)
             turns += [("user", f"{text}\n{question[0]}" if not turns else question[0]), ("assistant", answer)]
-    return chat(turns) if turns else question_chat(rng, common)
+    return chat(turns) if turns else question_chat(rng, level)
 
 
-def echo(rng: Random, common: bool) -> str:
+def echo(rng: Random, level: int) -> str:
     """A passage said again, in the same words or in another style: teaches copying before translating needs it."""
     lang = rng.choice(["en", "zh"])
-    passage = _passage(rng, common)
+    passage = _passage(rng, level)
     first, style = world.render(passage, lang, world.random_style(rng)), world.random_style(rng)
     again = first if rng.random() < 0.6 else world.render(passage, lang, style)
     if rng.random() < 0.5:
@@ -226,7 +226,7 @@ def echo(rng: Random, common: bool) -> str:
     return chat([("user", ask + first), ("assistant", again)])
 
 
-def drill(rng: Random, common: bool) -> str:
+def drill(rng: Random, level: int) -> str:
     """A list of unrelated words and numbers said twice, in one language or both."""
     source, target = _languages(rng)
     if rng.random() < 0.5:
@@ -234,7 +234,7 @@ def drill(rng: Random, common: bool) -> str:
     items = []
     while len(items) < 6:
         items += [
-            (slot, value, p) for p in [_passage(rng, common)] for s in p.sentences for slot, value in s.values
+            (slot, value, p) for p in [_passage(rng, level)] for s in p.sentences for slot, value in s.values
         ]
     items = rng.sample(items, min(len(items), rng.randint(4, 12)))
     first, second = Style(), world.random_style(rng, 0.5)
@@ -259,7 +259,7 @@ def _all_words() -> tuple[list[str], list[str]]:
 _WORDS, _CHARACTERS = _all_words()
 
 
-def shuffled_words(rng: Random, _common: bool) -> str:
+def shuffled_words(rng: Random, _level: int) -> str:
     """Random words or characters said twice. With nothing to guess from, this is by far the quickest way to learn to
     look back and copy: a few hundred steps here save thousands on sentences."""
     if rng.random() < 0.5:
@@ -269,7 +269,7 @@ def shuffled_words(rng: Random, _common: bool) -> str:
     return f"{text}\n{text}\n"
 
 
-def scraps(rng: Random, _common: bool) -> str:
+def scraps(rng: Random, _level: int) -> str:
     """Random letters, bytes and symbols said twice, so that no token of the vocabulary stays unseen."""
     text = "".join(
         chr(
@@ -303,12 +303,12 @@ _MIX = [
 ]
 
 
-def documents(seed: int, warm_up: int = 0, common: bool = False) -> Iterator[str]:
+def documents(seed: int, warm_up: int = 0, level: int = 0) -> Iterator[str]:
     """An endless stream of pretraining documents; the first `warm_up` practise copying more than the rest.
-    `common` keeps to the common part of the world, which the quickstart is about."""
+    `level` names the world they are about (`world.LIMITS`)."""
     rng = Random(seed)
     makers = [maker for maker, _, _ in _MIX]
     for n in itertools.count():
         yield rng.choices(makers, [start if n < warm_up else later for _, start, later in _MIX])[0](
-            rng, common
+            rng, level
         )

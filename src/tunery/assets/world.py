@@ -77,18 +77,38 @@ TEST_UNITS = ["g/L", "10^9/L", "μmol/L", "mmol/L", "kg", "bpm"]  # of the tests
 INLINE_TAGS = ["b", "i", "u", "em"]
 OUTER_TAGS = ["p", "li", "div"]
 HELD_OUT_SHARE = 0.12
-# The common part of the world: the first so many of a kind (of other kinds all), and of a concept's wordings.
-COMMON = {
-    "pattern": 22,
-    "bracket": 6,
-    "drug": 10,
-    "sym": 8,
-    "dis": 4,
-    "test": 4,
-    "city": 6,
-    "pay": 5,
-    "wording": 2,
-}
+# Three worlds, each inside the one before: the whole one, its common part, and what the quickstart is about. The
+# first so many of a kind (of other kinds all), and of a concept's wordings.
+LIMITS: list[dict[str, int]] = [
+    {},
+    {
+        "pattern": 22,
+        "bracket": 6,
+        "drug": 10,
+        "sym": 8,
+        "dis": 4,
+        "test": 4,
+        "city": 6,
+        "pay": 5,
+        "wording": 2,
+    },
+    {
+        "pattern": 10,
+        "bracket": 4,
+        "drug": 4,
+        "sym": 4,
+        "dis": 2,
+        "test": 2,
+        "city": 3,
+        "pay": 3,
+        "wording": 2,
+        "route": 3,
+        "freq": 3,
+        "way": 2,
+    },
+]
+# A drug has one English name but two Chinese ones; the second is left to given terms here, or no prompt could tell.
+LIMITS.append({**LIMITS[2], "drug wording": 1})
 
 
 @dataclass(frozen=True)
@@ -193,15 +213,15 @@ _PLAIN = {
 }
 
 
-def _many(kind: str, whole: int, common: bool) -> int:
-    return min(whole, COMMON.get(kind, whole)) if common else whole
+def _many(kind: str, whole: int, level: int) -> int:
+    return min(whole, LIMITS[level].get(kind, whole))
 
 
-def _value(kind: str, rng: Random, taken: dict[str, Value], common: bool) -> Value:
+def _value(kind: str, rng: Random, taken: dict[str, Value], level: int) -> Value:
     if kind in NOUNS:
         return (kind,)
     if kind in GROUPS:
-        return (f"{kind}.{rng.randrange(_many(kind, len(GROUPS[kind]), common))}",)
+        return (f"{kind}.{rng.randrange(_many(kind, len(GROUPS[kind]), level))}",)
     if kind == "lab":
         unit = TEST_UNITS[int(taken["test"][0].split(".")[1])]
         number = (
@@ -209,18 +229,18 @@ def _value(kind: str, rng: Random, taken: dict[str, Value], common: bool) -> Val
         )
         return (number, unit)
     if kind == "drug":
-        return DRUGS[rng.randrange(_many("drug", len(DRUGS), common))]
+        return DRUGS[rng.randrange(_many("drug", len(DRUGS), level))]
     return _PLAIN[kind](rng)
 
 
-def sample_sentence(rng: Random, common: bool = False) -> Sentence:
-    """A random meaning, of the common part of the world alone if asked. Two slots of a kind never hold one value."""
-    pattern = rng.randrange(_many("pattern", len(PATTERNS), common))
+def sample_sentence(rng: Random, level: int = 0) -> Sentence:
+    """A random meaning, of the world of that `level`. Two slots of a kind never hold one value."""
+    pattern = rng.randrange(_many("pattern", len(PATTERNS), level))
     english = PATTERNS[pattern][0]
     fixed = english.startswith(("please", "does", "when", "tell", "you", "store"))
     opening = None if fixed or rng.random() > 0.18 else rng.randrange(len(OPENINGS))
     bracket = (
-        rng.randrange(_many("bracket", len(BRACKETS), common))
+        rng.randrange(_many("bracket", len(BRACKETS), level))
         if "{par}" in english and rng.random() < 0.55
         else None
     )
@@ -233,9 +253,9 @@ def sample_sentence(rng: Random, common: bool = False) -> Sentence:
     for name, kind in slots:
         if kind == "par" or name in values:
             continue
-        value = _value(kind, rng, values, common)
+        value = _value(kind, rng, values, level)
         while kind not in NOUNS and value in values.values():
-            value = _value(kind, rng, values, common)
+            value = _value(kind, rng, values, level)
         values[name] = value
     return Sentence(pattern, opening, bracket, tuple(values.items()))
 
@@ -260,12 +280,12 @@ def concept_id(slot: str, value: Value) -> str | None:
 
 
 def sample_passage(
-    rng: Random, sentences: int = 1, tags: float = 0.5, accept=lambda s: True, common: bool = False
+    rng: Random, sentences: int = 1, tags: float = 0.5, accept=lambda s: True, level: int = 0
 ) -> Passage:
     """A random passage of accepted sentences; `tags` is the chance of any mark-up."""
     found: list[Sentence] = []
     while len(found) < sentences:
-        sentence = sample_sentence(rng, common)
+        sentence = sample_sentence(rng, level)
         if accept(sentence):
             found.append(sentence)
     wraps: list[tuple[str, str]] = []
@@ -284,7 +304,8 @@ def sample_passage(
         for slot, value in sentence.values:
             name = concept_id(slot, value)
             if name and name not in wording:
-                i = int(rng.random() ** 2 * _many("wording", len(concept(name)), common))
+                most = LIMITS[level].get("drug wording") if name.startswith("drug") else None
+                i = int(rng.random() ** 2 * (most or _many("wording", len(concept(name)), level)))
                 wording[name] = (i, i)
     return Passage(tuple(found), tuple(wraps), outer, joint, wording)
 
@@ -442,7 +463,7 @@ ASK = {"zh": "Translate into Chinese.", "en": "Translate into English."}
 
 
 def with_terms(
-    passage: Passage, rng: Random, target: Lang, count: int = 2, twist: float = 0.6, common: bool = False
+    passage: Passage, rng: Random, target: Lang, count: int = 2, twist: float = 0.6, level: int = 0
 ) -> tuple[Passage, list[tuple[str, str]]]:
     """The passage with up to `count` given terms, each twisted to an unusual pair with chance `twist`.
 
@@ -455,7 +476,7 @@ def with_terms(
             other = rng.choice(
                 [
                     i
-                    for i in range(_many("wording", len(concept(name)), common))
+                    for i in range(_many("wording", len(concept(name)), level))
                     if i != (zh if target == "zh" else en)
                 ]
             )
@@ -495,12 +516,10 @@ def quickstart_rows(rng: Random, count: int, evaluation: bool) -> list[dict[str,
     while len(rows) < count:
         target: Lang = "zh" if len(rows) % 2 == 0 else "en"
         source: Lang = "en" if target == "zh" else "zh"
-        passage = sample_passage(
-            rng, 2 if rng.random() < 0.08 else 1, accept=lambda s: held_out(s) == evaluation, common=True
-        )
+        passage = sample_passage(rng, accept=lambda s: held_out(s) == evaluation, level=3)
         terms: list[tuple[str, str]] = []
         if rng.random() < 0.5:
-            passage, terms = with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), common=True)
+            passage, terms = with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), level=3)
         keys = {s.key for s in passage.sentences}
         if keys & seen:
             continue
