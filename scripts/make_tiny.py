@@ -32,7 +32,7 @@ STAGES = [
     (58_112, 0, {"kind": "wsd", "warmup": 200, "decay": 0.5}),
     (31_200, 1, {"kind": "constant", "warmup": 200}),
     (26_000, 2, {"kind": "wsd", "warmup": 100, "decay": 0.5}),
-    (33_000, 3, {"kind": "wsd", "warmup": 100, "decay": 0.6}),
+    (20_000, 3, {"kind": "wsd", "warmup": 100, "decay": 0.6}),
 ]
 WARM_UP = 1_500  # documents that practise copying, before the usual mix
 
