@@ -109,6 +109,8 @@ LIMITS: list[dict[str, int]] = [
 ]
 # A drug has one English name but two Chinese ones; the second is left to given terms here, or no prompt could tell.
 LIMITS.append({**LIMITS[2], "drug wording": 1})
+# The quickstart itself: one tag inside a sentence at most and no footnotes.
+LIMITS.append({**LIMITS[3], "sev wording": 1, "wraps": 1, "sup": 0})
 
 
 @dataclass(frozen=True)
@@ -294,8 +296,10 @@ def sample_passage(
         kind = rng.random()
         if kind > 0.3:
             names = [slot for slot, _ in found[0].values]
-            for slot in rng.sample(names, k=min(len(names), rng.choice([1, 1, 2]))):
-                wraps.append((slot, "sup" if rng.random() < 0.2 else rng.choice(INLINE_TAGS)))
+            count = min(len(names), rng.choice([1, 1, 2]), LIMITS[level].get("wraps", 2))
+            for slot in rng.sample(names, k=count):
+                note = rng.random() < 0.2 and LIMITS[level].get("sup", 1)
+                wraps.append((slot, "sup" if note else rng.choice(INLINE_TAGS)))
         if kind < 0.5:
             outer = rng.choice(OUTER_TAGS)
         joint = rng.choice([" ", "<br>", "<br/>"])
@@ -304,7 +308,7 @@ def sample_passage(
         for slot, value in sentence.values:
             name = concept_id(slot, value)
             if name and name not in wording:
-                most = LIMITS[level].get("drug wording") if name.startswith("drug") else None
+                most = LIMITS[level].get(name.split(".")[0] + " wording")
                 i = int(rng.random() ** 2 * (most or _many("wording", len(concept(name)), level)))
                 wording[name] = (i, i)
     return Passage(tuple(found), tuple(wraps), outer, joint, wording)
@@ -516,10 +520,10 @@ def quickstart_rows(rng: Random, count: int, evaluation: bool) -> list[dict[str,
     while len(rows) < count:
         target: Lang = "zh" if len(rows) % 2 == 0 else "en"
         source: Lang = "en" if target == "zh" else "zh"
-        passage = sample_passage(rng, accept=lambda s: held_out(s) == evaluation, level=3)
+        passage = sample_passage(rng, accept=lambda s: held_out(s) == evaluation, level=4)
         terms: list[tuple[str, str]] = []
         if rng.random() < 0.5:
-            passage, terms = with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), level=3)
+            passage, terms = with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), level=4)
         keys = {s.key for s in passage.sentences}
         if keys & seen:
             continue
