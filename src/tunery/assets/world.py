@@ -109,8 +109,8 @@ LIMITS: list[dict[str, int]] = [
 ]
 # A drug has one English name but two Chinese ones; the second is left to given terms here, or no prompt could tell.
 LIMITS.append({**LIMITS[2], "drug wording": 1})
-# The quickstart itself: one tag inside a sentence at most and no footnotes.
-LIMITS.append({**LIMITS[3], "sev wording": 1, "wraps": 1, "sup": 0})
+# The quickstart itself: one tag inside a sentence at most, no footnotes, yuan only.
+LIMITS.append({**LIMITS[3], "sev wording": 1, "wraps": 1, "sup": 0, "currency": 1})
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,8 @@ def _value(kind: str, rng: Random, taken: dict[str, Value], level: int) -> Value
         return (number, unit)
     if kind == "drug":
         return DRUGS[rng.randrange(_many("drug", len(DRUGS), level))]
+    if kind == "money" and LIMITS[level].get("currency"):
+        return (sample_money(rng)[0], "CNY")
     return _PLAIN[kind](rng)
 
 
@@ -523,7 +525,7 @@ def quickstart_rows(rng: Random, count: int, evaluation: bool) -> list[dict[str,
         passage = sample_passage(rng, accept=lambda s: held_out(s) == evaluation, level=4)
         terms: list[tuple[str, str]] = []
         if rng.random() < 0.5:
-            passage, terms = with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), level=4)
+            passage, terms = with_terms(passage, rng, target, rng.choice([1, 1, 2]), level=4)
         keys = {s.key for s in passage.sentences}
         if keys & seen:
             continue
