@@ -33,6 +33,7 @@ STAGES = [
     (31_200, 1, {"kind": "constant", "warmup": 200}),
     (26_000, 2, {"kind": "wsd", "warmup": 100, "decay": 0.5}),
     (20_000, 3, {"kind": "wsd", "warmup": 100, "decay": 0.6}),
+    (14_300, 4, {"kind": "wsd", "warmup": 50, "decay": 0.8}),
 ]
 WARM_UP = 1_500  # documents that practise copying, before the usual mix
 
