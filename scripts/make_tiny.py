@@ -34,6 +34,7 @@ STAGES = [
     (26_000, 2, {"kind": "wsd", "warmup": 100, "decay": 0.5}),
     (20_000, 3, {"kind": "wsd", "warmup": 100, "decay": 0.6}),
     (14_300, 4, {"kind": "wsd", "warmup": 50, "decay": 0.8}),
+    (14_300, 4, {"kind": "wsd", "warmup": 50, "decay": 0.9}),
 ]
 WARM_UP = 1_500  # documents that practise copying, before the usual mix
 
@@ -138,9 +139,7 @@ def train_tokenizer(seed: int = 0, count: int = 20_000) -> Tokenizer:
         show_progress=False,
     )
     texts = itertools.islice(documents(seed), count)
-    tokenizer.train_from_iterator(
-        itertools.chain(map(_without_chinese, texts), chinese_units(seed, count)), trainer
-    )
+    tokenizer.train_from_iterator(itertools.chain(map(_without_chinese, texts), chinese_units(seed, count)), trainer)
     split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
@@ -238,9 +237,7 @@ def write_initial_weights(folder: Path, seed: int) -> None:
         attention = model.model.layers[1].self_attn
         for group in range(groups):
             head = group * share
-            part = slice(
-                group * len(slow), (group + 1) * len(slow)
-            )  # each group compares by other directions
+            part = slice(group * len(slow), (group + 1) * len(slow))  # each group compares by other directions
             attention.q_proj.weight[head * d : (head + 1) * d] = 0
             attention.k_proj.weight[group * d : (group + 1) * d] = 0
             attention.q_proj.weight[[head * d + i for i in slow]] = 4.0 * seen[part]
@@ -257,9 +254,7 @@ def write_weights(weights: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    tensors = {
-        k: v.to(torch.bfloat16).contiguous() for k, v in load_file(weights).items() if k != "lm_head.weight"
-    }
+    tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in load_file(weights).items() if k != "lm_head.weight"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -293,16 +288,12 @@ def pretrain(start: Path, data: Path, output: Path, lr: float, schedule: dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="of the documents of each stage, for a quick look"
-    )
+    parser.add_argument("--share", type=float, default=1.0, help="of the documents of each stage, for a quick look")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="documents that practise copying first")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=TINY)
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/make_tiny"), help="data, run folders, skeleton"
-    )
+    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="data, run folders, skeleton")
     args = parser.parse_args()
 
     folder = args.work / "skeleton"

@@ -11,9 +11,7 @@ import pytest
 from tunery.assets import FOLDER, TINY
 from tunery.assets.world import quickstart_rows
 
-pytestmark = pytest.mark.skipif(
-    not (TINY / "config.json").is_file(), reason="the model has not been made yet"
-)
+pytestmark = pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the model has not been made yet")
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +102,7 @@ def test_chat_template_marks_what_the_assistant_says(tokenizer):
         {"role": "user", "content": "U"},
         {"role": "assistant", "content": "A"},
     ]
-    out = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
-    )
+    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, tokenize=True)
     said = [i for i, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(said) == "A<|im_end|>"
 

@@ -81,9 +81,7 @@ def check_house_rules(row):
         for term in line.removeprefix("Terms: ").split("; "):
             given = term.split(" = ")[1]
             plural = world._plural(given)
-            assert (
-                given.lower() in TAG.sub("", answer).lower() or plural.lower() in TAG.sub("", answer).lower()
-            )
+            assert given.lower() in TAG.sub("", answer).lower() or plural.lower() in TAG.sub("", answer).lower()
 
 
 def test_house_rules_hold():
@@ -116,9 +114,7 @@ def test_chinese_number_words(n, words):
 
 
 def test_a_passage_in_house_and_other_styles():
-    pattern = next(
-        i for i, (en, _) in enumerate(PATTERNS) if en.startswith("the sponsor") or "will pay" in en
-    )
+    pattern = next(i for i, (en, _) in enumerate(PATTERNS) if en.startswith("the sponsor") or "will pay" in en)
     bracket = next(i for i, (en, _) in enumerate(BRACKETS) if en.startswith("since"))
     values = {
         "sponsor": ("sponsor",),
@@ -134,10 +130,7 @@ def test_a_passage_in_house_and_other_styles():
     assert world.render(passage, "en") == (
         "<p>The sponsor will pay the site <b>CNY 12,500</b> for training (since 05 Mar 2024).</p>"
     )
-    assert (
-        world.render(passage, "zh")
-        == "<p>申办方将向医院支付<b>12,500元</b>的培训费用（自2024年3月5日起）。</p>"
-    )
+    assert world.render(passage, "zh") == "<p>申办方将向医院支付<b>12,500元</b>的培训费用（自2024年3月5日起）。</p>"
     sloppy = world.Style("iso", "sign", "other", "words", "words", "words", tags=False)
     assert (
         world.render(passage, "zh", sloppy, passage.aligned("zh"))

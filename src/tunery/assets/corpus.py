@@ -177,16 +177,12 @@ def forms(rng: Random, _level: int) -> str:
         elif kind == "date":
             value = world.sample_date(rng)
             both = [
-                world.render_date(value, lang, f)
-                for lang in ("en", "zh")
-                for f in ("house", "iso", "slash", "words")
+                world.render_date(value, lang, f) for lang in ("en", "zh") for f in ("house", "iso", "slash", "words")
             ]
         else:
             value = world.sample_money(rng)
             both = [
-                world.render_money(value, lang, f)
-                for lang in ("en", "zh")
-                for f in ("house", "code", "sign", "words")
+                world.render_money(value, lang, f) for lang in ("en", "zh") for f in ("house", "code", "sign", "words")
             ]
         lines.append(" = ".join(rng.sample(both, 2)) + "\n")
     return "".join(lines)
@@ -196,17 +192,13 @@ def question_chat(rng: Random, level: int) -> str:
     """Questions about one passage, or small talk."""
     kind = rng.random()
     if kind < 0.15:
-        return chat(
-            [t for q, a in rng.sample(SMALL_TALK, rng.randint(1, 2)) for t in (("user", q), ("assistant", a))]
-        )
+        return chat([t for q, a in rng.sample(SMALL_TALK, rng.randint(1, 2)) for t in (("user", q), ("assistant", a))])
     lang, style = rng.choice(["en", "zh"]), world.random_style(rng)
     passage = _passage(rng, level)
     text = world.render(passage, lang, style)
     turns = []
     for slot, value in passage.sentences[0].values:
-        asked = QUESTIONS.get(
-            slot
-        )  # only a kind's first slot: a second one would make the question ambiguous
+        asked = QUESTIONS.get(slot)  # only a kind's first slot: a second one would make the question ambiguous
         if asked:
             question = asked[0] if lang == "en" else asked[1]
             answer = world.render_value(slot, value, lang, style, passage.wording)
@@ -233,9 +225,7 @@ def drill(rng: Random, level: int) -> str:
         target = source
     items = []
     while len(items) < 6:
-        items += [
-            (slot, value, p) for p in [_passage(rng, level)] for s in p.sentences for slot, value in s.values
-        ]
+        items += [(slot, value, p) for p in [_passage(rng, level)] for s in p.sentences for slot, value in s.values]
     items = rng.sample(items, min(len(items), rng.randint(4, 12)))
     first, second = Style(), world.random_style(rng, 0.5)
     separator = rng.choice(["; ", ", ", " | ", " "])
@@ -309,6 +299,4 @@ def documents(seed: int, warm_up: int = 0, level: int = 0) -> Iterator[str]:
     rng = Random(seed)
     makers = [maker for maker, _, _ in _MIX]
     for n in itertools.count():
-        yield rng.choices(makers, [start if n < warm_up else later for _, start, later in _MIX])[0](
-            rng, level
-        )
+        yield rng.choices(makers, [start if n < warm_up else later for _, start, later in _MIX])[0](rng, level)

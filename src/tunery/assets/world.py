@@ -149,9 +149,7 @@ class Passage:
     """Sentences with their mark-up and wording: what one row translates."""
 
     sentences: tuple[Sentence, ...]
-    wraps: tuple[
-        tuple[str, str], ...
-    ] = ()  # (slot, tag) in the first sentence; tag "sup" is a footnote after it
+    wraps: tuple[tuple[str, str], ...] = ()  # (slot, tag) in the first sentence; tag "sup" is a footnote after it
     outer: str | None = None
     joint: str = " "
     # concept -> (English variant, Chinese variant)
@@ -203,9 +201,7 @@ _PLAIN = {
     "money": sample_money,
     "dose": _dose,
     "time": lambda r: (r.randint(6, 20), r.choice([0, 5, 10, 15, 20, 30, 40, 45, 50])),
-    "pct": lambda r: (
-        f"{r.randint(1, 95)}.{r.randint(0, 9)}%" if r.random() < 0.6 else f"{r.randint(2, 95)}%",
-    ),
+    "pct": lambda r: (f"{r.randint(1, 95)}.{r.randint(0, 9)}%" if r.random() < 0.6 else f"{r.randint(2, 95)}%",),
     "sid": lambda r: (str(r.randint(101, 199)),),
     "sec": lambda r: (f"{r.randint(1, 12)}.{r.randint(1, 9)}",),
     "ver": lambda r: (f"{r.randint(1, 9)}.{r.randint(0, 3)}",),
@@ -226,9 +222,7 @@ def _value(kind: str, rng: Random, taken: dict[str, Value], level: int) -> Value
         return (f"{kind}.{rng.randrange(_many(kind, len(GROUPS[kind]), level))}",)
     if kind == "lab":
         unit = TEST_UNITS[int(taken["test"][0].split(".")[1])]
-        number = (
-            f"{rng.randint(2, 99)}.{rng.randint(0, 9)}" if rng.random() < 0.5 else str(rng.randint(20, 99))
-        )
+        number = f"{rng.randint(2, 99)}.{rng.randint(0, 9)}" if rng.random() < 0.5 else str(rng.randint(20, 99))
         return (number, unit)
     if kind == "drug":
         return DRUGS[rng.randrange(_many("drug", len(DRUGS), level))]
@@ -244,9 +238,7 @@ def sample_sentence(rng: Random, level: int = 0) -> Sentence:
     fixed = english.startswith(("please", "does", "when", "tell", "you", "store"))
     opening = None if fixed or rng.random() > 0.18 else rng.randrange(len(OPENINGS))
     bracket = (
-        rng.randrange(_many("bracket", len(BRACKETS), level))
-        if "{par}" in english and rng.random() < 0.55
-        else None
+        rng.randrange(_many("bracket", len(BRACKETS), level)) if "{par}" in english and rng.random() < 0.55 else None
     )
     slots = _slots(english)
     if opening is not None:
@@ -338,11 +330,7 @@ def render_date(value: Value, lang: Lang, form: str) -> str:
     if form == "slash":
         return f"{y}/{m}/{d}"
     if lang == "zh":
-        return (
-            f"{y}年{m}月{d}日"
-            if form == "house"
-            else f"{y}年{han_number(m, False)}月{han_number(d, False)}日"
-        )
+        return f"{y}年{m}月{d}日" if form == "house" else f"{y}年{han_number(m, False)}月{han_number(d, False)}日"
     return f"{d:02d} {MONTHS[m - 1][:3]} {y}" if form == "house" else f"{MONTHS[m - 1]} {d}, {y}"
 
 
@@ -369,9 +357,7 @@ def _render_time(value: Value, lang: Lang, form: str) -> str:
     return f"{'上午' if hour < 12 else '下午'}{twelve}点{f'{minute}分' if minute else ''}"
 
 
-def render_value(
-    slot: str, value: Value, lang: Lang, style: Style, wording: dict[str, tuple[int, int]]
-) -> str:
+def render_value(slot: str, value: Value, lang: Lang, style: Style, wording: dict[str, tuple[int, int]]) -> str:
     kind = slot.rstrip("0123456789")
     name = concept_id(slot, value)
     if name:
@@ -452,8 +438,7 @@ def render(
     """The whole passage in one language and style; `wording` overrides the passage's own."""
     words = passage.wording if wording is None else wording
     parts = [
-        render_sentence(s, lang, style, words, passage.wraps if i == 0 else ())
-        for i, s in enumerate(passage.sentences)
+        render_sentence(s, lang, style, words, passage.wraps if i == 0 else ()) for i, s in enumerate(passage.sentences)
     ]
     joint = passage.joint if style.tags else " "
     text = ("" if lang == "zh" and joint == " " else joint).join(parts)
@@ -480,11 +465,7 @@ def with_terms(
         en, zh = wording[name]
         if rng.random() < twist:
             other = rng.choice(
-                [
-                    i
-                    for i in range(_many("wording", len(concept(name)), level))
-                    if i != (zh if target == "zh" else en)
-                ]
+                [i for i in range(_many("wording", len(concept(name)), level)) if i != (zh if target == "zh" else en)]
             )
             en, zh = (en, other) if target == "zh" else (other, zh)
             wording[name] = (en, zh)
