@@ -101,6 +101,9 @@ def chat(turns: list[tuple[str, str]]) -> str:
     return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
 
 
+LANGUAGES: tuple[Lang, Lang] = ("en", "zh")
+
+
 def _languages(rng: Random) -> tuple[Lang, Lang]:
     return ("en", "zh") if rng.random() < 0.5 else ("zh", "en")
 
@@ -152,7 +155,7 @@ def parallel_lines(rng: Random, level: int) -> str:
 
 def paragraph(rng: Random, level: int) -> str:
     """Sentences of one language and style."""
-    style, lang = world.random_style(rng), rng.choice(["en", "zh"])
+    style, lang = world.random_style(rng), rng.choice(LANGUAGES)
     return world.render(_passage(rng, level, rng.randint(2, 5), 0.3), lang, style) + "\n"
 
 
@@ -193,7 +196,7 @@ def question_chat(rng: Random, level: int) -> str:
     kind = rng.random()
     if kind < 0.15:
         return chat([t for q, a in rng.sample(SMALL_TALK, rng.randint(1, 2)) for t in (("user", q), ("assistant", a))])
-    lang, style = rng.choice(["en", "zh"]), world.random_style(rng)
+    lang, style = rng.choice(LANGUAGES), world.random_style(rng)
     passage = _passage(rng, level)
     text = world.render(passage, lang, style)
     turns = []
@@ -208,7 +211,7 @@ def question_chat(rng: Random, level: int) -> str:
 
 def echo(rng: Random, level: int) -> str:
     """A passage said again, in the same words or in another style: teaches copying before translating needs it."""
-    lang = rng.choice(["en", "zh"])
+    lang = rng.choice(LANGUAGES)
     passage = _passage(rng, level)
     first, style = world.render(passage, lang, world.random_style(rng)), world.random_style(rng)
     again = first if rng.random() < 0.6 else world.render(passage, lang, style)
@@ -229,9 +232,10 @@ def drill(rng: Random, level: int) -> str:
     items = rng.sample(items, min(len(items), rng.randint(4, 12)))
     first, second = Style(), world.random_style(rng, 0.5)
     separator = rng.choice(["; ", ", ", " | ", " "])
+    sides: list[tuple[Lang, Style]] = [(source, second), (target, second if source == target else first)]
     lines = [
         separator.join(world.render_value(slot, value, lang, style, p.wording) for slot, value, p in items)
-        for lang, style in ((source, second), (target, second if source == target else first))
+        for lang, style in sides
     ]
     return rng.choice(["{}\n{}\n", "{} = {}\n"]).format(*lines)
 
