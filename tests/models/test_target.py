@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tiny_model import byte_tokenizer, random_llama, save
@@ -165,7 +167,10 @@ def test_adapter_that_does_not_fit(base, tmp_path, options, message):
 
 def test_adapter_with_saved_modules_fits(base, tmp_path):
     folder = adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=True)
-    load_adapter(random_llama(), folder)
+    saved = load_file(folder / "adapter_model.safetensors")
+    own = get_peft_model_state_dict(load_adapter(random_llama(), folder), save_embedding_layers=False)
+    assert any("lm_head" in name for name in saved) and own.keys() == saved.keys()
+    assert all(own[name].equal(saved[name]) for name in saved)
 
 
 def test_built_in_name_stays_a_name():
