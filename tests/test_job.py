@@ -85,6 +85,15 @@ def test_the_same_in_all_forms():
     assert load_job({"data": {"train": ["a", {"path": "b", "weight": 2}]}}).data.train[1].weight == 2
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("true", "full"), ("false", "none"), ("offload", "offload"), ("selective", "selective")]
+)
+def test_checkpointing_is_a_rung_or_yes_or_no(written, meant):
+    assert load_job({}, [f"train.checkpointing={written}"]).train.checkpointing == meant
+    jsonschema.validate({"train": {"checkpointing": yaml.safe_load(written)}}, Job.model_json_schema())
+    assert load_job({}).train.checkpointing == "auto"
+
+
 def test_a_section_with_nothing_in_it_is_its_defaults():
     assert load_job({"train": None, "model": None, "adapter": None}) == load_job({})
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from tunery.config import (
     Config,
@@ -24,6 +24,17 @@ from tunery.models.load import ModelConfig, ModelField
 from tunery.schedule import ScheduleConfig
 
 
+def _rung(value: Any) -> Any:
+    return ("full" if value else "none") if isinstance(value, bool) else value
+
+
+Checkpointing = Annotated[
+    Literal["auto", "none", "selective", "full", "offload"],
+    BeforeValidator(_rung),
+    WithJsonSchema({"enum": ["auto", "none", "selective", "full", "offload", True, False]}),
+]
+
+
 class TrainConfig(Config):
     """The `train:` section: how long, how much at a time, how careful."""
 
@@ -37,7 +48,12 @@ class TrainConfig(Config):
     shuffle: bool = Field(default=True, description="a new order every epoch")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the gradient's norm; null to not clip")
     neftune: float | None = Field(default=None, gt=0, description="NEFTune noise alpha on the embeddings (5 is usual)")
-    checkpointing: bool = Field(default=False, description="recompute activations in the backward: less memory, slower")
+    checkpointing: Checkpointing = Field(
+        default="auto",
+        description="activations made again in the backward instead of kept: none, selective (keeps matmuls and "
+        "attention), full (keeps each layer's input), offload (those in the host's memory); less memory and slower "
+        "from left to right, same result. true: full, false: none",
+    )
     save_every: Steps | None = Field(
         default=None,
         gt=0,

@@ -97,6 +97,8 @@ def resolve(job: Job, engine: Engine) -> Job:
     if train.micro_tokens is None:
         tokens = 16384 if engine.device.type == "cuda" else 2048
         train = train.model_copy(update={"micro_tokens": max(tokens, job.data.max_length)})
+    if train.checkpointing == "auto":
+        train = train.model_copy(update={"checkpointing": "none"})
     return job.model_copy(update={"optimizer": optimizer, "model": model, "train": train})
 
 
@@ -300,7 +302,7 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     state = checkpoint.load_state(resume) if resume else {}
     model, base_dtype = load_start(job, adapter, resume, engine)
     engine.same_weights(p for p in model.parameters() if p.requires_grad)
-    if job.train.checkpointing:
+    if job.train.checkpointing != "none":
         recompute_activations(model)
     policy = CausalPolicy(model, dtype=engine.dtype, neftune=job.train.neftune, max_length=job.data.max_length)
     assert job.train.micro_tokens is not None

@@ -392,9 +392,10 @@ def test_evaluation_and_generation():
 
 
 def test_checkpointing_is_asked_for_or_mentioned():
-    assert not job().train.checkpointing and "train.checkpointing: off" in notes()
-    assert job(disable_gradient_checkpointing=False).train.checkpointing
-    assert not job(disable_gradient_checkpointing=True).train.checkpointing
+    assert job().train.checkpointing == "auto" and "train.checkpointing: only" in notes()
+    assert job(disable_gradient_checkpointing=False).train.checkpointing == "full"
+    assert job(gradient_checkpointing=True).train.checkpointing == "full"
+    assert job(disable_gradient_checkpointing=True).train.checkpointing == "none"
     assert "checkpointing" not in notes(disable_gradient_checkpointing=True)
 
 

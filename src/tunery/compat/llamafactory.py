@@ -307,9 +307,11 @@ def _train(o: Options) -> dict[str, Any]:
     if o("neftune_noise_alpha"):
         train["neftune"] = o("neftune_noise_alpha")
     if o("gradient_checkpointing") or o("disable_gradient_checkpointing") is False:
-        train["checkpointing"] = True
-    elif o("disable_gradient_checkpointing") is None:
-        o.note("train.checkpointing: off, where LLaMA-Factory's is on; same result, faster, more memory")
+        train["checkpointing"] = "full"
+    elif o("disable_gradient_checkpointing"):
+        train["checkpointing"] = "none"
+    else:
+        o.note("train.checkpointing: only as far as memory needs it, where LLaMA-Factory's is on; same result, faster")
     if o("data_seed") not in (None, o("seed")):
         o.note("data_seed: ignored; one seed drives everything random, the order of the rows too")
     train["save_every"] = _interval(o, "save_strategy", o("save_steps"))
