@@ -2,30 +2,36 @@
 
 The library builds no mask for a name it has no mask function for, so the sequence boundaries that policy.py passes as
 `cu_seq_lens_q` are all there is. Back ends, best first: FlashAttention where installed, torch's own variable-length
-attention on CUDA, and a loop of scaled_dot_product_attention over the sequences, which works everywhere and is the
-reference. Soft-capping (Gemma 2) and attention sinks (gpt-oss) take the explicit softmax."""
+attention on CUDA, blocked attention on a CPU (kernels/segment_attention.py), and a loop of scaled_dot_product_attention
+over the sequences, which works everywhere and is the reference. Soft-capping (Gemma 2), attention sinks (gpt-oss) and
+dropout take the explicit softmax."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunery.kernels import segment_attention
+
 NAME = "tunery"
+REFERENCE = "tunery_reference"
 
 
-def register() -> str:
-    """Make the hook known to transformers; returns the name to pass as `attn_implementation`."""
+def register(reference: bool = False) -> str:
+    """Make the hook known to transformers; returns the name to pass as `attn_implementation`. `reference`: the one that
+    never takes a fast back end."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    return NAME
+    AttentionInterface.register(REFERENCE, partial(packed_attention, fast=False))
+    return REFERENCE if reference else NAME
 
 
 @contextmanager
@@ -34,7 +40,7 @@ def library_attention(model: Any) -> Iterator[None]:
     with soft-capped scores get "eager": the library's "sdpa" leaves the cap out."""
     before = model.config._attn_implementation
     capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    wanted = "sdpa" if before == NAME else before
+    wanted = "sdpa" if before in (NAME, REFERENCE) else before
     set_attention(model, "eager" if wanted == "sdpa" and capped else wanted)
     try:
         yield
@@ -67,6 +73,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    fast: bool = True,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of the stream.
@@ -82,26 +89,37 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave float32 queries and keys beside 16-bit values where the weights are float32.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    plain = softcap is None and s_aux is None
-    if plain and dropout == 0.0 and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if softcap is not None or s_aux is not None or dropout > 0.0:
+        return _explicit(query, key, value, cu_seq_lens_q, scale, dropout, sliding_window, softcap, s_aux), None
+    if fast and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         fused = _fused_backend(query.shape[-1])
         if fused is not None:
             if max_length_q is None:
                 max_length_q = int(cu_seq_lens_q.diff().max())
             window = (sliding_window - 1 if sliding_window else -1, 0)
+            q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
             return fused(q_THD, k_THD, v_THD, cu_seq_lens_q, max_length_q, scale, window)[None], None
     lengths: list[int] = cu_seq_lens_q.diff().tolist()
+    blocked = fast and query.device.type == "cpu"
+    attend = segment_attention.segment_attention if blocked else segment_attention.reference
+    return attend(query[0], key[0], value[0], lengths, scale, sliding_window)[None], None
+
+
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, dropout: float, window: int | None,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention with the scores written out, one sequence after the other: [1, T, heads, D]."""
+    lengths: list[int] = cu_seqlens.diff().tolist()
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # repeated once for the whole stream: per-sequence grouped attention is slower on a CPU
+    if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    # split, not slices: the backward of R slices would fill and add R gradients of the whole stream
     pieces = [
-        _one_sequence(q, k, v, scale, dropout, sliding_window, softcap, s_aux)
+        _one_sequence(q, k, v, scale, dropout, window, softcap, sinks)
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
 
 def _one_sequence(
@@ -110,15 +128,9 @@ def _one_sequence(
 ) -> Tensor:  # fmt: skip
     """[1, heads, S, D] each -> [1, heads, S, D]."""
     length = q.shape[2]
-    windowed = window is not None and window < length
-    if softcap is None and sinks is None and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
     seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    if windowed:
-        assert window is not None
+    if window is not None and window < length:
         seen = seen.triu(1 - window)
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scale)
     scores = q @ k.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -1,0 +1,126 @@
+"""Causal attention within each sequence of a packed stream, for CPUs.
+
+Queries are taken a block at a time against the keys before the block's end, so half of the score matrix is never made;
+every product is one batched matmul over the key-value heads, with the queries that share a head stacked beneath one
+another. The backward makes the probabilities again, so nothing but the inputs is kept: memory is that of the inputs,
+whatever the length (FlashAttention's bargain, arXiv:2205.14135, section 3.1; its tiling for a GPU's memories is not
+needed here). In 16 bits the scores are rounded to 16 bits, as in the eager attention of transformers; the softmax and
+its sums are in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Queries in a block: larger products in bfloat16, where they are fast, less wasted above the diagonal in float32.
+BLOCK = {torch.bfloat16: 128, torch.float32: 64}
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, window: int | None = None
+) -> Tensor:
+    """softmax(scale * q k^T) v over positions j <= i of the same sequence (and i - j < `window`, where given).
+
+    query [heads, T, D]; key, value [kv_heads, T, D], heads a multiple of kv_heads; `lengths` of the sequences, summing
+    to T. Returns [T, heads, D], contiguous."""
+    return _SegmentAttention.apply(query, key, value, tuple(lengths), scale, window)
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, window: int | None = None
+) -> Tensor:
+    """The same by torch's scaled_dot_product_attention, one sequence after the other."""
+    groups = query.shape[0] // key.shape[0]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
+    pieces = []
+    # split, not slices: the backward of R slices would fill and add R gradients of the whole stream
+    for q, k, v in zip(*(x.split(list(lengths), dim=1) for x in (query, key, value)), strict=True):
+        length = q.shape[1]
+        if window is None or window >= length:
+            pieces.append(F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0])
+            continue
+        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        pieces.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, scale=scale)[0])
+    return torch.cat(pieces, dim=1).transpose(0, 1).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _unseen(rows: int, before: int, window: int | None) -> Tensor:
+    """[rows, before + rows], True where the query of a row may not look; its own position is `before` + row."""
+    mask = torch.ones(rows, before + rows, dtype=torch.bool)
+    return mask.triu(before + 1) if window is None else mask.triu(before + 1) | mask.tril(before - window)
+
+
+def _blocks(lengths: Sequence[int], size: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first key, first query, end) of every block, as positions in the stream."""
+    blocks, start = [], 0
+    for length in lengths:
+        for first in range(start, start + length, size):
+            seen_from = start if window is None else max(start, first + 1 - window)
+            blocks.append((seen_from, first, min(first + size, start + length)))
+        start += length
+    return blocks
+
+
+def _probabilities(q: Tensor, k: Tensor, before: int, rows: int, window: int | None) -> Tensor:
+    """softmax of the scores of a block: q [kv, G * rows, D], k [kv, before + rows, D] -> [kv, G * rows, keys]."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    by_head = scores.unflatten(1, (-1, rows))
+    if window is None:  # only the block on the diagonal has anything to hide
+        by_head[..., before:].masked_fill_(_unseen(rows, 0, None), -torch.inf)
+    else:
+        by_head.masked_fill_(_unseen(rows, before, window), -torch.inf)
+    return torch.softmax(scores, dim=-1)
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+    ) -> Tensor:
+        heads, tokens, dim = query.shape
+        kv = key.shape[0]
+        blocks = _blocks(lengths, BLOCK.get(query.dtype, 64), window)
+        scaled = query * scale
+        out_THD = torch.empty(tokens, heads, dim, dtype=query.dtype)
+        by_group = out_THD.view(tokens, kv, heads // kv, dim).permute(1, 2, 0, 3)
+        for seen, first, end in blocks:
+            rows = end - first
+            q = scaled[:, first:end].reshape(kv, -1, dim)
+            probs = _probabilities(q, key[:, seen:end], first - seen, rows, window)
+            by_group[:, :, first:end] = torch.bmm(probs, value[:, seen:end]).view(kv, -1, rows, dim)
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.scale, ctx.window = blocks, scale, window
+        return out_THD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        heads, tokens, dim = query.shape
+        kv, groups = key.shape[0], heads // key.shape[0]
+        wide = torch.promote_types(key.dtype, torch.float32)  # many blocks add to one key
+        scaled = query * ctx.scale
+        grad = grad_outputs[0].view(tokens, kv, groups, dim).permute(1, 2, 0, 3)
+        dquery = torch.empty(heads, tokens, dim, dtype=query.dtype)
+        by_group = dquery.view(kv, groups, tokens, dim)
+        dkey = torch.zeros(kv, tokens, dim, dtype=wide)
+        dvalue = torch.zeros_like(dkey)
+        for seen, first, end in ctx.blocks:
+            rows = end - first
+            q, g = scaled[:, first:end].reshape(kv, -1, dim), grad[:, :, first:end].reshape(kv, -1, dim)
+            k, v = key[:, seen:end], value[:, seen:end]
+            probs = _probabilities(q, k, first - seen, rows, ctx.window)
+            dvalue[:, seen:end] += torch.bmm(probs.transpose(1, 2), g)
+            dprobs = torch.bmm(g, v.transpose(1, 2))
+            dscores = torch.ops.aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+            by_group[:, :, first:end] = torch.bmm(dscores, k).view(kv, groups, rows, dim)
+            dkey[:, seen:end] += torch.bmm(dscores.transpose(1, 2), q)
+        return dquery.mul_(ctx.scale), dkey.to(key.dtype), dvalue.to(value.dtype), None, None, None

@@ -1,0 +1,82 @@
+"""Blocked attention over packed streams. Oracle: torch's scaled_dot_product_attention, one sequence at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tunery.kernels.segment_attention import reference, segment_attention
+
+SHAPES = [(8, 2, 16), (4, 4, 8), (6, 1, 32)]
+STREAMS = [[1], [5], [64, 1, 63, 65], [200, 130], [300]]
+
+
+def tensors(heads, kv, dim, tokens, dtype=torch.float64):
+    make = torch.Generator().manual_seed(tokens + heads)
+    shapes = [(heads, tokens, dim), (kv, tokens, dim), (kv, tokens, dim)]
+    # as models hand them over: views of [T, heads, D]
+    return [
+        torch.randn(t, h, d, generator=make, dtype=torch.float64).to(dtype).requires_grad_().transpose(0, 1)
+        for h, t, d in shapes
+    ]
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
+@pytest.mark.parametrize("lengths", STREAMS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradient_equal_one_by_one(shape, lengths, window):
+    inputs = tensors(*shape, sum(lengths))
+    results = []
+    for function in (segment_attention, reference):
+        out = function(*inputs, lengths, 0.3, window)
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).sin()
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_result_is_contiguous_and_ready_for_the_output_projection():
+    out = segment_attention(*tensors(4, 2, 8, 10), [3, 7], 0.5)
+    assert out.shape == (10, 4, 8) and out.is_contiguous()
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_bfloat16_is_as_near_to_float64_as_the_library_in_bfloat16(spread):
+    """The eager attention of transformers rounds its scores to 16 bits too; ours may be no worse."""
+    exact_inputs = tensors(8, 2, 64, 300)
+    lengths, scale = [180, 120], 0.125
+    rough_inputs = [(x * spread).detach().to(torch.bfloat16).requires_grad_() for x in exact_inputs]
+    exact_inputs = [x.detach().double().requires_grad_() for x in rough_inputs]
+    exact = reference(*exact_inputs, lengths, scale)
+    upstream = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = [exact, *torch.autograd.grad(exact, exact_inputs, upstream)]
+
+    def errors(function):
+        out = function(*rough_inputs)
+        got = [out, *torch.autograd.grad(out, rough_inputs, upstream.to(torch.bfloat16))]
+        return [float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(got, wanted)]
+
+    ours = errors(lambda q, k, v: segment_attention(q, k, v, lengths, scale))
+    eager = errors(lambda q, k, v: _eager(q, k, v, lengths, scale))
+    assert all(a <= 1.2 * b for a, b in zip(ours, eager, strict=True)), (ours, eager)
+
+
+def _eager(query, key, value, lengths, scale):
+    """transformers' eager attention (softmax in float32, cast back), per sequence."""
+    groups = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    pieces = []
+    for q, k, v in zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True):
+        scores = q @ k.transpose(1, 2) * scale
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        probs = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+        pieces.append(probs @ v)
+    return torch.cat(pieces, 1).transpose(0, 1)
+
+
+def test_only_the_inputs_are_kept_for_the_backward():
+    inputs = tensors(4, 2, 8, 300)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        segment_attention(*inputs, [300], 0.5)
+    assert sorted(kept) == sorted(x.numel() for x in inputs)
