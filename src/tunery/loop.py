@@ -44,6 +44,7 @@ from tunery.setup import (
     announce,
     base_name,
     beyond_context,
+    check_disk,
     data_counts,
     interval,
     read_data,
@@ -94,13 +95,16 @@ def run_job(job: Job, console: Any = None) -> Result:
             if console is not None:
                 read.data.report.print(console)
         run = set_up(job, engine, read, resume)
+        if engine.is_main:
+            check_disk(run)
         with _make_report(run, console) as report:
-            return _train(run, report)
+            return train(run, report)
     finally:
         engine.close()
 
 
-def _train(run: Run, report: Report | NullReport) -> Result:
+def train(run: Run, report: Report | NullReport) -> Result:
+    """The steps of a run that is set up, and what it leaves behind. Raises what `run_job` does."""
     job, engine, model, total = run.job, run.engine, run.model, run.total_steps
     eval_every = interval(job.eval.every, total, default=run.loader.steps_per_epoch or total)
     save_every = save_interval(job, run.loader, total)

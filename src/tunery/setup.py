@@ -308,10 +308,6 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     assert job.train.micro_tokens is not None
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world)
     loader, total = make_loader(job, read.data, cut)
-    if engine.is_main:
-        written = math.ceil(total / save_interval(job, loader, total))
-        keep = min(job.train.keep or written, written)
-        checkpoint.check_room(Path(job.output), bytes_to_write(model, adapter, keep))
     groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay)
     optimizer = build("optimizers", job.optimizer, groups)
     if resume is not None:
@@ -321,6 +317,13 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
         policy, optimizer, [group["lr"] for group in groups], loader, cut, total, base_dtype, resume,
         state.get("step", 0), state, versions(),
     )  # fmt: skip
+
+
+def check_disk(run: Run) -> None:
+    """Raises CheckpointError where the run's checkpoints do not fit on their disk."""
+    written = math.ceil(run.total_steps / save_interval(run.job, run.loader, run.total_steps))
+    keep = min(run.job.train.keep or written, written)
+    checkpoint.check_room(run.output, bytes_to_write(run.model, run.adapter, keep))
 
 
 def recompute_activations(model: Any) -> None:
