@@ -31,6 +31,7 @@ class CausalPolicy:
 
     `dtype` is that of the arithmetic: where parameters are wider, the forward runs under autocast. `neftune` is the
     noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any).
+    `probe` off believes the shortcuts below instead of comparing, for a model that has shapes and no numbers (a plan).
     Batches of several sequences are always taken; where `packs` is False they are run one by one. `notes` says which
     shortcuts the model could not take."""
 
@@ -41,6 +42,7 @@ class CausalPolicy:
         dtype: torch.dtype = torch.float32,
         neftune: float | None = None,
         max_length: int | None = None,
+        probe: bool = True,
     ):
         self.model = model
         self.causal: Any = unwrap(model)
@@ -52,7 +54,8 @@ class CausalPolicy:
         self.packs = not _rotary_of_the_whole(self.causal.config, max_length)
         if not self.packs:
             self._alone("its rotary frequencies depend on the longest sequence of a stream")
-        self._probe()
+        if probe:
+            self._probe()
 
     # ------------------------------------------------------------------ forwards
 
