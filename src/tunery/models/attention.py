@@ -9,7 +9,7 @@ dropout take the explicit softmax."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
@@ -22,6 +22,7 @@ from tunery.kernels import segment_attention
 
 NAME = "tunery"
 REFERENCE = "tunery_reference"
+RECORDING = "tunery_recording"
 
 
 def register(reference: bool = False) -> str:
@@ -29,9 +30,33 @@ def register(reference: bool = False) -> str:
     never takes a fast back end."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionInterface.register(REFERENCE, partial(packed_attention, fast=False))
+    for name, hook in HOOKS.items():
+        AttentionInterface.register(name, hook)
     return REFERENCE if reference else NAME
+
+
+@contextmanager
+def recorded_attention(model: Any) -> Iterator[dict[torch.nn.Module, dict[str, Any]]]:
+    """While it lasts, what each attention module of `model` hands to our hook besides the tensors and the boundaries is
+    filled into the dict (empty where the model does not use our hook)."""
+    from transformers import AttentionInterface
+
+    recorded: dict[torch.nn.Module, dict[str, Any]] = {}
+    before = model.config._attn_implementation
+    if before not in HOOKS:
+        yield recorded
+        return
+
+    def record(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        recorded[module] = {name: kwargs[name] for name in CONSTANTS if name in kwargs}
+        return HOOKS[before](module, *args, **kwargs)
+
+    AttentionInterface.register(RECORDING, record)
+    model.set_attn_implementation(RECORDING)
+    try:
+        yield recorded
+    finally:
+        model.set_attn_implementation(before)
 
 
 @contextmanager
@@ -40,7 +65,7 @@ def library_attention(model: Any) -> Iterator[None]:
     with soft-capped scores get "eager": the library's "sdpa" leaves the cap out."""
     before = model.config._attn_implementation
     capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    wanted = "sdpa" if before in (NAME, REFERENCE) else before
+    wanted = "sdpa" if before in HOOKS else before
     set_attention(model, "eager" if wanted == "sdpa" and capped else wanted)
     try:
         yield
@@ -103,6 +128,14 @@ def packed_attention(
     blocked = fast and query.device.type == "cpu"
     attend = segment_attention.segment_attention if blocked else segment_attention.reference
     return attend(query[0], key[0], value[0], lengths, scale, sliding_window)[None], None
+
+
+HOOKS: dict[str, Callable[..., tuple[Tensor, None]]] = {
+    NAME: packed_attention,
+    REFERENCE: partial(packed_attention, fast=False),
+}
+# What a module's own code decides, as against what comes with a batch.
+CONSTANTS = ("scaling", "sliding_window", "softcap", "s_aux")
 
 
 def _explicit(

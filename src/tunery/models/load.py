@@ -113,16 +113,17 @@ def load_model(
     return loaded.to(device)  # not to(dtype): it would round the rotary frequencies, which are float32 in any model
 
 
-def hook_attention(model: PreTrainedModel) -> bool:
-    """Put our packed attention hook into a loaded model; False where its code takes no attention from outside, or
-    cuts attention into chunks (Llama 4), which the hook does not know."""
+def hook_attention(model: PreTrainedModel, reference: bool = False) -> bool:
+    """Put our packed attention hook (or its `reference`) into a loaded model; False where its code takes no attention
+    from outside, or cuts attention into chunks (Llama 4), which the hook does not know."""
     from tunery.models import attention
 
     if getattr(model.config.get_text_config(), "attention_chunk_size", None):
         return False
     before = model.config._attn_implementation or "eager"
-    model.set_attn_implementation(attention.register())
-    if model.config._attn_implementation == attention.NAME:
+    wanted = attention.register(reference)
+    model.set_attn_implementation(wanted)
+    if model.config._attn_implementation == wanted:
         return True
     model.set_attn_implementation(before)
     return False
