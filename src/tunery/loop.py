@@ -17,6 +17,7 @@ import torch
 from tunery import checkpoint, guard
 from tunery.checkpoint import check_room
 from tunery.data.loader import evaluation_streams
+from tunery.data.prefetch import Prefetcher
 from tunery.data.store import TokenStore
 from tunery.engine import Engine
 from tunery.errors import ModelError, NonFiniteError, TuneryError
@@ -114,13 +115,13 @@ def train(run: Run, report: Report | NullReport) -> Result:
     if run.start == 0:
         _evaluate(run, report, 0)
     model.train()
-    with _interruptible() as interrupt:
+    with _interruptible() as interrupt, Prefetcher(run.loader, total, engine.device) as ahead:
         step = run.start
         while step < total:
             for group, peak in zip(run.optimizer.param_groups, run.peak_lrs, strict=True):
                 group["lr"] = peak * factor(job.schedule, step, total)
             engine.seed(job.train.seed, step)
-            work = run.loader.step(step)
+            work = ahead.step(step)
             micro = [batch.to(engine.device) for batch in work.micro]
 
             weight, stop = _total(run, micro, bool(interrupt))

@@ -9,8 +9,8 @@ Shape legend, used as suffixes in names everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -118,20 +118,20 @@ class Batch:
         return int(self.cu_seqlens.shape[0]) - 1
 
     def to(self, device: torch.device | str) -> Batch:
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if hasattr(value, "to") else value
+        """The same there. A copy to a device is only begun; one back to the CPU is waited for."""
+        begun = str(device) != "cpu"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=begun))
 
-        return Batch(
-            ids_T=move(self.ids_T),
-            targets_T=move(self.targets_T),
-            weights_T=move(self.weights_T),
-            positions_T=move(self.positions_T),
-            cu_seqlens=move(self.cu_seqlens),
-            max_seqlen=self.max_seqlen,
-            labelled_N=move(self.labelled_N),
-            rows=self.rows,
-            extra={name: move(value) for name, value in self.extra.items()},
-        )
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from which a CUDA device copies without anybody waiting."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(value: Any) -> Any:
+            return change(value) if hasattr(value, "pin_memory") else value
+
+        values = {field.name: changed(getattr(self, field.name)) for field in fields(self)}
+        return Batch(**{**values, "extra": {name: changed(value) for name, value in self.extra.items()}})
 
 
 @dataclass(slots=True)
