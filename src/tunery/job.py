@@ -20,6 +20,7 @@ from tunery.config import (
 )
 from tunery.data.dataset import DataConfig
 from tunery.errors import ConfigError
+from tunery.kernels import KernelsConfig, one_word
 from tunery.models.load import ModelConfig, ModelField
 from tunery.schedule import ScheduleConfig
 
@@ -125,6 +126,9 @@ class Job(Config):
         default=ScheduleConfig(), description="learning rate over time"
     )
     train: TrainConfig = Field(default=TrainConfig(), description="how long, how much at a time")
+    kernels: Annotated[KernelsConfig, BeforeValidator(one_word), ShortForms("attention")] = Field(
+        default=KernelsConfig(), description="fast paths, or their references"
+    )
     eval: EvalConfig = Field(default=EvalConfig(), description="measuring on held-out rows")
     report: ReportConfig = Field(default=ReportConfig(), description="trackers")
     output: str = Field(default="runs/tunery", description="the run folder")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunery.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from tunery.kernels import linear_cross_entropy
+from tunery.kernels.linear_cross_entropy import chunk_rows
 from tunery.models.attention import library_attention, set_attention
 from tunery.models.parts import Parts, cap_and_scale, take_apart, unwrap
 from tunery.types import Batch
@@ -32,8 +33,8 @@ class CausalPolicy:
     `dtype` is that of the arithmetic: where parameters are wider, the forward runs under autocast. `neftune` is the
     noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any).
     `probe` off believes the shortcuts below instead of comparing, for a model that has shapes and no numbers (a plan).
-    Batches of several sequences are always taken; where `packs` is False they are run one by one. `notes` says which
-    shortcuts the model could not take."""
+    `reference_head`: the loss from all labelled logits at once. Batches of several sequences are always taken; where
+    `packs` is False they are run one by one. `notes` says which shortcuts the model could not take."""
 
     def __init__(
         self,
@@ -43,11 +44,13 @@ class CausalPolicy:
         neftune: float | None = None,
         max_length: int | None = None,
         probe: bool = True,
+        reference_head: bool = False,
     ):
         self.model = model
         self.causal: Any = unwrap(model)
         self.dtype = dtype
         self.neftune = neftune
+        self.head_loss = linear_cross_entropy.reference if reference_head else linear_cross_entropy.linear_cross_entropy
         self.notes: list[str] = []
         self.device = next(model.parameters()).device
         self.parts: Parts | None = take_apart(model)
@@ -67,7 +70,7 @@ class CausalPolicy:
             h_NH = self._hidden(batch)[rows]
             plain = _plain_head(self.parts.head)
             if plain is not None:
-                return linear_cross_entropy(
+                return self.head_loss(
                     h_NH, plain.weight, targets_N, weights_N, plain.bias, self.parts.scale, self.parts.softcap
                 )
             return -(self._logps_of(h_NH, targets_N) * weights_N).sum()

@@ -11,9 +11,8 @@ from tunery.config import build
 from tunery.engine import Engine
 from tunery.errors import TuneryError
 from tunery.job import load_job
-from tunery.policy import CausalPolicy
 from tunery.run_folder import CONFIG
-from tunery.setup import load_start
+from tunery.setup import load_start, make_policy
 
 
 def replay(folder: Path) -> Iterator[str]:
@@ -28,7 +27,7 @@ def replay(folder: Path) -> Iterator[str]:
     job = load_job(folder.parent / CONFIG)
     engine = Engine(job.model.dtype)
     model, _ = load_start(job, build("adapters", job.adapter), folder, engine)
-    policy = CausalPolicy(model, dtype=engine.dtype, neftune=job.train.neftune)
+    policy = make_policy(job, model, engine.dtype)
     objective, step = build("objectives", job.objective), record["step"]
     model.train()
     yield f"{folder}: step {step + 1}, {sum(map(len, ranks))} streams; then:"

@@ -148,7 +148,7 @@ def load_start(job: Job, adapter: Any, resume: Path | None, engine: Engine) -> t
 
         model = PeftModel.from_pretrained(model, str(start)).merge_and_unload()
     if job.model.attention == "auto":
-        hook_attention(model)
+        hook_attention(model, reference=job.kernels.attention == "reference")
     start_adapter_folder = start if start_adapter and not adapter.whole else None
     wrapped = adapter.apply(model, start_adapter_folder, resume if not adapter.whole else None)
     if adapter.whole and dtype != engine.dtype:
@@ -296,6 +296,14 @@ def announce(run: Run) -> list[str]:
     return lines
 
 
+def make_policy(job: Job, model: Any, dtype: torch.dtype, probe: bool = True) -> CausalPolicy:
+    """The policy of a model with its adapter. `probe` as CausalPolicy's."""
+    return CausalPolicy(
+        model, dtype=dtype, neftune=job.train.neftune, max_length=job.data.max_length, probe=probe,
+        reference_head=job.kernels.head == "reference",
+    )  # fmt: skip
+
+
 def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     """Build the run on data already read. Raises TuneryError."""
     adapter = build("adapters", job.adapter)
@@ -304,7 +312,7 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     engine.same_weights(p for p in model.parameters() if p.requires_grad)
     if job.train.checkpointing != "none":
         recompute_activations(model)
-    policy = CausalPolicy(model, dtype=engine.dtype, neftune=job.train.neftune, max_length=job.data.max_length)
+    policy = make_policy(job, model, engine.dtype)
     assert job.train.micro_tokens is not None
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world)
     loader, total = make_loader(job, read.data, cut)

@@ -15,8 +15,12 @@ class KernelsConfig(Config):
     """The `kernels:` section. `auto` takes the fastest form that is exact for the model on this device; `reference`
     switches one off, and the single word `kernels: reference` all of them."""
 
-    attention: Switch = Field("auto", description="packed attention; reference: torch's own, one sequence after another")
-    head: Switch = Field("auto", description="chunked output head; reference: the logits of all labelled tokens at once")
+    attention: Switch = Field(
+        "auto", description="packed attention; reference: torch's own, one sequence after another"
+    )
+    head: Switch = Field(
+        "auto", description="chunked output head; reference: the logits of all labelled tokens at once"
+    )
     lora: Switch = Field("auto", description="one function per group of projections; reference: PEFT's own forward")
     norm: Switch = Field("auto", description="fused RMSNorm; reference: the library's")
     rotary: Switch = Field("auto", description="fused rotary embedding; reference: the library's")
