@@ -52,17 +52,21 @@ class Step:
     tokens: int
 
 
-def cut(examples: Sequence[list[Tokens]], rows: Sequence[int], how: Cut) -> list[Batch]:
-    """This rank's share of `examples` as streams. All ranks compute the same cut from the lengths alone."""
-    lengths = [sum(len(t) for t in sequences) for sequences in examples]
+def streams(lengths: Sequence[int], how: Cut) -> list[list[int]]:
+    """Which of a step's examples, of these lengths, share each of this rank's streams. All ranks compute the same cut
+    from the lengths alone."""
     mine = partition(lengths, how.world)[how.rank]
     if not how.packing:
-        return [collate(examples[i], [rows[i]] * len(examples[i])) for i in mine]
+        return [[i] for i in mine]
     bins = best_fit_decreasing([lengths[i] for i in mine], how.budget)
-    streams = [[mine[j] for j in sorted(members)] for members in bins]
+    return [[mine[j] for j in sorted(members)] for members in bins]
+
+
+def cut(examples: Sequence[list[Tokens]], rows: Sequence[int], how: Cut) -> list[Batch]:
+    """This rank's share of `examples` as streams."""
     return [
         collate([t for i in members for t in examples[i]], [rows[i] for i in members for _ in examples[i]])
-        for members in streams
+        for members in streams([sum(len(t) for t in sequences) for sequences in examples], how)
     ]
 
 
