@@ -40,6 +40,7 @@ CUTS = {
     "small streams": {"micro_tokens": 60},
     "smaller streams": {"micro_tokens": 30},
     "one by one": {"packing": False},
+    "partly recomputed": {"checkpointing": "selective"},
     "recomputed": {"checkpointing": "full"},
 }
 

@@ -29,6 +29,7 @@ from tunery.models.load import (
     load_tokenizer,
     resolve_name,
 )
+from tunery.models.recompute import recompute
 from tunery.policy import CausalPolicy
 from tunery.run_folder import versions
 from tunery.trackers import require
@@ -311,7 +312,7 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     model, base_dtype = load_start(job, adapter, resume, engine)
     engine.same_weights(p for p in model.parameters() if p.requires_grad)
     if job.train.checkpointing != "none":
-        recompute_activations(model)
+        recompute(model, job.train.checkpointing)
     policy = make_policy(job, model, engine.dtype)
     assert job.train.micro_tokens is not None
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world)
@@ -332,13 +333,6 @@ def check_disk(run: Run) -> None:
     written = math.ceil(run.total_steps / save_interval(run.job, run.loader, run.total_steps))
     keep = min(run.job.train.keep or written, written)
     checkpoint.check_room(run.output, bytes_to_write(run.model, run.adapter, keep))
-
-
-def recompute_activations(model: Any) -> None:
-    """Forget activations in the forward and make them again in the backward: less memory, about a third slower."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.enable_input_require_grads()
 
 
 def data_counts(run: Run) -> DataCounts:
