@@ -1,0 +1,456 @@
+"""One contestant of bench.gpu in a process of its own: `python -m bench.gpu_contestants SPEC`, SPEC a JSON `Spec`.
+
+Prints a line `RESULT {...}` for each shape of data as soon as it is measured. Models get random weights on the device
+they train on; rows are random tokens of a given length, the same and in the same order for every contestant."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RANK, ALPHA, SEED = 16, 32, 0
+PREFIX = "RESULT "
+
+_LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {**_LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128,
+           "intermediate_size": 14336, "tie_word_embeddings": False},
+    "3b": {**_LLAMA, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128,
+           "intermediate_size": 8192, "tie_word_embeddings": True},
+    "1b": {**_LLAMA, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
+           "intermediate_size": 8192, "tie_word_embeddings": True},
+    "tiny": {**_LLAMA, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+             "intermediate_size": 128, "vocab_size": 512, "num_key_value_heads": 2, "tie_word_embeddings": False},
+}  # fmt: skip
+"""Sizes of Llama 3 8B, Llama 3.2 3B and 1B, and one to try the benchmark itself."""
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch: `prompts` tokens that are shown and `answers` tokens that are trained, int64 [rows] each;
+    `batch_size` rows a step."""
+
+    prompts: np.ndarray
+    answers: np.ndarray
+    batch_size: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.prompts + self.answers
+
+    @property
+    def labelled(self) -> float:
+        """Share of the tokens that are trained targets; the first of a row has nothing before it."""
+        return float((self.answers - (self.prompts == 0)).sum() / self.lengths.sum())
+
+    @property
+    def mean_length(self) -> float:
+        """Length averaged over tokens: sum of squares over sum."""
+        return float((self.lengths**2).sum() / self.lengths.sum())
+
+    def ids(self, vocabulary: int) -> list[np.ndarray]:
+        """Random token ids of each row, int32."""
+        random = np.random.default_rng([SEED, 1])
+        return [random.integers(0, vocabulary, n).astype(np.int32) for n in self.lengths.tolist()]
+
+
+# The 52,002 rows of Alpaca with Llama 3's tokenizer: log-normals with the mean and deviation of the tokens of its
+# instructions (17.4, 13.1) and of its answers (55.3, 54.9), around Llama 3.1's chat template (35) and an end token.
+TEMPLATE, INSTRUCTION, ANSWER, LONGEST = 35, (2.636, 0.667), (3.671, 0.828), 1024
+
+
+def make_rows(data: str, tiny: bool = False) -> Rows:
+    """`dense`: rows of 4,096 tokens, all trained, 8 a step. `ragged`: Alpaca's lengths, 64 a step. `tiny` ones have a
+    sixteenth of the length."""
+    cut = 16 if tiny else 1
+    if data == "dense":
+        answers = np.full(256, 4096 // cut)
+        return Rows(np.zeros_like(answers), answers, 8)
+    random = np.random.default_rng(SEED)
+    prompts = TEMPLATE + np.maximum(random.lognormal(*INSTRUCTION, 2048).round(), 1)
+    answers = 1 + np.clip(random.lognormal(*ANSWER, 2048).round(), 1, LONGEST)
+    return Rows((prompts // cut).astype(np.int64), np.maximum(answers // cut, 1).astype(np.int64), 64)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+@dataclass
+class Spec:
+    """What one process measures. `overrides`: of Tunery's job, "key=value"; `checkpointing`: of the Trainer. It
+    measures each of `data` for `seconds` after `warmup` steps, and begins nothing after `deadline` (time.time()).
+    `known`: data -> what an earlier process found to fit or to be fastest (`found` of its result), so that this one
+    need not search."""
+
+    contestant: str
+    kind: str
+    method: str
+    shape: str
+    data: list[str]
+    seconds: float
+    warmup: int
+    deadline: float
+    overrides: list[str] = field(default_factory=list)
+    checkpointing: bool = False
+    known: dict[str, int] = field(default_factory=dict)
+
+
+class Enough(Exception):
+    """The stopwatch has seen enough steps."""
+
+
+class Stopwatch:
+    """Times whole steps after `warmup` of them: at least two, and for at least `seconds` unless `deadline` comes."""
+
+    def __init__(self, device: Any, lengths: np.ndarray, batch_size: int, warmup: int, seconds: float, deadline: float):
+        self.device, self.warmup, self.wanted, self.deadline = device, warmup, seconds, deadline
+        self.lengths, self.batch_size = lengths, batch_size
+        self.done = self.began = 0
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.losses: list[float] = []
+
+    def step(self) -> bool:
+        """After each optimizer step; True when it is enough."""
+        self.done += 1
+        if self.done == self.warmup:
+            self._synchronize()
+            self.began = time.perf_counter()
+        if self.done <= self.warmup:
+            return False
+        first = (self.done - 1) * self.batch_size
+        rows = np.arange(first, first + self.batch_size) % len(self.lengths)
+        self.tokens += int(self.lengths[rows].sum())
+        self.steps += 1
+        if self.steps < 2 or (time.perf_counter() - self.began < self.wanted and time.time() < self.deadline):
+            return False
+        self._synchronize()
+        self.seconds = time.perf_counter() - self.began
+        return True
+
+    @property
+    def speed(self) -> float:
+        """Real tokens a second."""
+        return self.tokens / self.seconds
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def make_config(shape: str, dtype: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**SHAPES[shape], dtype=dtype, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def useful_flops(shape: str, method: str, rows: Rows) -> dict[str, float]:
+    """FLOPs of a real token: `useful`, and `recomputed` by full activation checkpointing (the layers' forward)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tunery.flops import Cost, cost_of, flops_per_token
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(make_config(shape, torch.bfloat16), dtype=torch.bfloat16)
+        if method == "lora":
+            model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    cost = cost_of(model)
+    forward = Cost(cost.forward, 0, 0, 0, False, tuple((width, window, False) for width, window, _ in cost.attention))
+    size = {"labelled": rows.labelled, "mean_length": rows.mean_length}
+    return {"useful": flops_per_token(cost, **size), "recomputed": flops_per_token(forward, **size)}
+
+
+def parameters(shape: str) -> int:
+    """Parameters of a shape's model, by hand."""
+    s = SHAPES[shape]
+    hidden, query, kv = (
+        s["hidden_size"],
+        *(s[k] * s["head_dim"] for k in ("num_attention_heads", "num_key_value_heads")),
+    )
+    layer = hidden * (2 * query + 2 * kv + 3 * s["intermediate_size"]) + 2 * hidden
+    return s["num_hidden_layers"] * layer + s["vocab_size"] * hidden * (1 if s["tie_word_embeddings"] else 2) + hidden
+
+
+def too_large(method: str, shape: str, memory: int) -> str | None:
+    """Why full fine-tuning cannot fit `memory` bytes whatever the batch, or None: each parameter has a float32 weight,
+    gradient and two moments, and its bfloat16 copy in the forward."""
+    needed = parameters(shape) * (4 + 4 + 8 + 2)
+    if method != "full" or needed < memory:
+        return None
+    return f"does not fit: {needed / 2**30:.0f} GiB before any activation, the device has {memory / 2**30:.0f} GiB"
+
+
+# ---------------------------------------------------------------- Tunery
+
+
+class Watched:
+    """Stands in for a run's report: the loop tells it each step."""
+
+    def __init__(self, watch: Stopwatch):
+        from tunery.report import NullReport
+
+        self.watch, self._silent = watch, NullReport()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._silent, name)
+
+    def step(self, step: int, *, loss: float, **numbers: Any) -> None:
+        self.watch.losses.append(loss)
+        if self.watch.step():
+            raise Enough
+
+
+def run_tunery(spec: Spec, rows: Rows, known: int | None) -> dict[str, Any]:
+    """The job through the doors of any run (resolve, set_up, the loop), on rows that are tokens already and with a
+    model made on the device. Where memory does not suffice, smaller streams, then full checkpointing."""
+    longest = int(rows.lengths.max())
+    smaller = [[f"train.micro_tokens={n}"] for n in (8192, 4096) if n >= longest]
+    ladder = [[], *smaller, [f"train.micro_tokens={max(4096, longest)}", "train.checkpointing=full"]]
+    for number in range(known or 0, len(ladder)):
+        overrides = [*spec.overrides, *ladder[number]]
+        result = _or_none(lambda overrides=overrides: _tunery_once(spec, rows, overrides))
+        if result is not None:
+            return {**result, "found": number}
+    return {"error": "out of memory, with full checkpointing too"}
+
+
+def _tunery_once(spec: Spec, rows: Rows, overrides: list[str]) -> dict[str, Any]:
+    import torch
+
+    from tunery.config import build
+    from tunery.data.dataset import Prepared
+    from tunery.data.report import DataReport
+    from tunery.engine import Engine
+    from tunery.job import load_job
+    from tunery.loop import train
+    from tunery.setup import Read, resolve, set_up
+
+    on_gpu = torch.cuda.is_available()
+    dtype = "bfloat16" if on_gpu else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        make_config(spec.shape, getattr(torch, dtype)).save_pretrained(f"{folder}/model")
+        adapter = {"kind": "lora", "rank": RANK, "alpha": ALPHA} if spec.method == "lora" else {"kind": "full"}
+        job = load_job(
+            {
+                "model": {"name": f"{folder}/model", "random_init": True, "dtype": dtype},
+                "data": {"max_length": max(8, int(rows.lengths.max()))},
+                "adapter": adapter,
+                "optimizer": {"lr": 1e-5},
+                "schedule": "constant",
+                "train": {
+                    "batch_size": rows.batch_size, "shuffle": False, "max_steps": 1_000_000, "save_every": 1_000_000,
+                    "seed": SEED,
+                },
+                "output": f"{folder}/run",
+            },
+            overrides,
+        )  # fmt: skip
+        engine = Engine(job.model.dtype)
+        store = _store(rows, SHAPES[spec.shape]["vocab_size"])
+        data = Prepared(store, None, [], DataReport())
+        read = Read(tokenizer=None, template=None, objective=build("objectives", job.objective), data=data)  # type: ignore
+        run = set_up(resolve(job, engine), engine, read, None)
+        watch = Stopwatch(engine.device, rows.lengths, rows.batch_size, spec.warmup, spec.seconds, spec.deadline)
+        _reset_peak(engine.device)
+        with contextlib.suppress(Enough):
+            train(run, Watched(watch))  # type: ignore[arg-type]
+        setting = run.job.train
+        said = f"streams of {setting.micro_tokens:,} tokens, checkpointing {setting.checkpointing}"
+        return _measured(watch, engine.device, said, setting.checkpointing in ("full", "offload"), run.policy.notes)
+
+
+def _store(rows: Rows, vocabulary: int) -> Any:
+    from tunery.data.store import Chunk, pack_store
+    from tunery.types import Tokens
+
+    examples = [
+        [Tokens(ids, (np.arange(len(ids)) >= prompt).astype(np.float32))]
+        for ids, prompt in zip(rows.ids(vocabulary), rows.prompts.tolist(), strict=True)
+    ]
+    return pack_store([Chunk(examples, [(0, 0, n + 1) for n in range(len(examples))])], ["random rows"])
+
+
+# ---------------------------------------------------------------- transformers.Trainer
+
+
+def run_trainer(spec: Spec, rows: Rows, known: int | None) -> dict[str, Any]:
+    """transformers.Trainer, with PEFT for LoRA: padded batches, sdpa, and the batch size that is fastest on a few
+    steps, from a whole step's rows downwards, halved; those that run out of memory do not count."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tunery.engine import Engine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # As Tunery has it: frozen weights in bfloat16, what trains in float32, arithmetic in bfloat16.
+    dtype = torch.bfloat16 if device.type == "cuda" and spec.method == "lora" else torch.float32
+    Engine("float32").seed(SEED, 0)  # as Tunery does, so that both begin with the same weights
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(
+            make_config(spec.shape, dtype), dtype=dtype, attn_implementation="sdpa"
+        )
+    if spec.method == "lora":
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    dataset = _labelled_rows(rows, SHAPES[spec.shape]["vocab_size"])
+    size = known or _fastest(spec, model, dataset, rows)
+    if size is None:
+        return {"error": "out of memory, with batches of one row too"}
+    return {**_trainer_once(spec, model, dataset, rows, size, spec.warmup, spec.seconds), "found": size}
+
+
+def _fastest(spec: Spec, model: Any, dataset: list[dict[str, Any]], rows: Rows) -> int | None:
+    """The rows a forward that are fastest, None where not even one fits."""
+    best: tuple[float, int] | None = None
+    size = rows.batch_size
+    while size:
+        probe = _or_none(lambda size=size: _trainer_once(spec, model, dataset, rows, size, 1, spec.seconds / 4))
+        if probe is not None:
+            if best is not None and probe["speed"] < best[0]:
+                break
+            best = probe["speed"], size
+        size //= 2
+    return best[1] if best else None
+
+
+def _trainer_once(
+    spec: Spec, model: Any, dataset: list[dict[str, Any]], rows: Rows, size: int, warmup: int, seconds: float
+) -> dict[str, Any]:
+    """`size` rows a forward, accumulated to a step's."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    watch = Stopwatch(device, rows.lengths, rows.batch_size, warmup, seconds, spec.deadline)
+
+    class Callback(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = watch.step()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            watch.losses += [logs["loss"]] if "loss" in (logs or {}) else []
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=size, gradient_accumulation_steps=rows.batch_size // size,
+            max_steps=1_000_000, learning_rate=1e-5, lr_scheduler_type="constant", bf16=on_gpu, use_cpu=not on_gpu,
+            gradient_checkpointing=spec.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+            train_sampling_strategy="sequential", remove_unused_columns=False, logging_first_step=True,
+            logging_steps=1_000_000, save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, pad, train_dataset=dataset, callbacks=[Callback()])  # type: ignore
+        _reset_peak(device)
+        try:
+            trainer.train()
+        finally:
+            # A trainer and its optimizer refer to each other: free them before the next one, or a failed one's error.
+            model.zero_grad(set_to_none=True)
+            trainer.optimizer = trainer.lr_scheduler = None
+    said = f"batches of {size}, checkpointing {'full' if spec.checkpointing else 'none'}"
+    return _measured(watch, device, said, spec.checkpointing, [])
+
+
+def _labelled_rows(rows: Rows, vocabulary: int) -> list[dict[str, Any]]:
+    import torch
+
+    result = []
+    for ids, prompt in zip(rows.ids(vocabulary), rows.prompts.tolist(), strict=True):
+        input_ids = torch.from_numpy(ids.astype(np.int64))
+        result.append({"input_ids": input_ids, "labels": input_ids.masked_fill(torch.arange(len(ids)) < prompt, -100)})
+    return result
+
+
+def pad(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A padded batch, on the right, as DataCollatorForSeq2Seq makes it (which would need a tokenizer)."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([row.new_ones(row.shape) for row in ids], batch_first=True),
+        "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100),
+    }
+
+
+# ---------------------------------------------------------------- both
+
+
+def _measured(watch: Stopwatch, device: Any, setting: str, recomputes: bool, notes: list[str]) -> dict[str, Any]:
+    import torch
+
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "steps": watch.steps, "tokens": watch.tokens, "seconds": watch.seconds, "speed": watch.speed,
+        "peak_bytes": peak, "first_loss": watch.losses[0] if watch.losses else None, "setting": setting,
+        "recomputes": recomputes, "notes": notes,
+    }  # fmt: skip
+
+
+def _or_none(measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """None where the device's memory does not suffice."""
+    import torch
+
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        pass
+    finally:  # outside the handler the error, and all the tensors in its frames, is gone
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return None
+
+
+def _reset_peak(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def main(spec: Spec) -> None:
+    import torch
+    import transformers
+
+    from tunery.flops import peak_flops
+
+    transformers.logging.set_verbosity_error()
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    hopeless = too_large(spec.method, spec.shape, torch.cuda.get_device_properties(0).total_memory) if on_gpu else None
+    for data in spec.data:
+        rows = make_rows(data, tiny=spec.shape == "tiny")
+        if hopeless:
+            result: dict[str, Any] = {"error": hopeless}
+        elif time.time() >= spec.deadline:
+            continue
+        else:
+            run = run_tunery if spec.kind == "tunery" else run_trainer
+            result = run(spec, rows, spec.known.get(data))
+        result |= {"contestant": spec.contestant, "data": data, "peak_flops": peak_flops(device, dtype)}
+        result |= {f"flops_{name}": number for name, number in useful_flops(spec.shape, spec.method, rows).items()}
+        print(PREFIX + json.dumps(result), flush=True)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+    main(Spec(**json.loads(sys.argv[1])))
