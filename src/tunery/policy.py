@@ -125,12 +125,13 @@ class CausalPolicy:
         if self.neftune is not None and self.model.training:
             key, whole = "inputs_embeds", self._noisy_embeddings(batch)
         if self.packs:
-            boundaries = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+            boundaries: dict[str, Any] = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
             boundaries |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
+            boundaries["segment_lengths"] = batch.lengths  # for our hook: asking a device for them would wait for it
             yield {key: whole[None], "position_ids": batch.positions_T[None], **boundaries}
             return
-        lengths = batch.cu_seqlens.diff().tolist()
-        for piece, positions in zip(whole.split(lengths), batch.positions_T.split(lengths), strict=True):
+        parts = zip(whole.split(batch.lengths), batch.positions_T.split(batch.lengths), strict=True)
+        for piece, positions in parts:
             yield {key: piece[None], "position_ids": positions[None]}
 
     def _noisy_embeddings(self, batch: Batch) -> Tensor:

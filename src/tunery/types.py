@@ -95,9 +95,9 @@ class Batch:
 
     `ids_T`, `targets_T` int64; `weights_T` float32; `positions_T` int64, restarting at 0 in each sequence;
     `cu_seqlens` int32 [R + 1], cumulative lengths; `max_seqlen` the longest sequence; `labelled_N` int64, the
-    positions of nonzero weight (found here, on the CPU, so that a device never has to be asked); `rows` the example
-    number of each sequence (for messages to people); `extra` the sequences' Tokens.extra: an array [T] of each as one
-    tensor [T] beside `ids_T`, a number of each as a tensor [R]."""
+    positions of nonzero weight; `lengths` the sequences' lengths as plain numbers (both found here, on the CPU, so that
+    a device never has to be asked); `rows` the example number of each sequence (for messages to people); `extra` the
+    sequences' Tokens.extra: an array [T] of each as one tensor [T] beside `ids_T`, a number of each as a tensor [R]."""
 
     ids_T: Tensor
     targets_T: Tensor
@@ -106,6 +106,7 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
     labelled_N: Tensor
+    lengths: list[int]
     rows: list[int] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -115,7 +116,7 @@ class Batch:
 
     @property
     def n_sequences(self) -> int:
-        return int(self.cu_seqlens.shape[0]) - 1
+        return len(self.lengths)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same there. A copy to a device is only begun; one back to the CPU is waited for."""

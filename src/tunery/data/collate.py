@@ -35,6 +35,7 @@ def collate(sequences: Sequence[Tokens], rows: Sequence[int] = ()) -> Batch:
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         max_seqlen=max(lengths),
         labelled_N=torch.from_numpy(np.flatnonzero(shifted)),
+        lengths=lengths,
         rows=list(rows),
         extra=_extra(sequences),
     )

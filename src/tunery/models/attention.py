@@ -95,6 +95,7 @@ def packed_attention(
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    segment_lengths: list[int] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -103,28 +104,30 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of the stream.
 
-    query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q int32 [R + 1] (None: one sequence).
+    query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q int32 [R + 1] (None: one sequence);
+    segment_lengths the same boundaries as lengths on the host, so that nobody waits for the device to ask for them.
     Returns ([1, T, heads, D], None). Raises ValueError for a padded batch: there are none here."""
     if query.shape[0] != 1 or attention_mask is not None:
         raise ValueError("packed attention takes one unpadded stream, not a padded batch")
     if cu_seq_lens_q is None:
-        cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
         max_length_q = query.shape[2]
+        segment_lengths = [max_length_q]
+        cu_seq_lens_q = torch.arange(0, max_length_q + 1, max_length_q, dtype=torch.int32, device=query.device)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave float32 queries and keys beside 16-bit values where the weights are float32.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    lengths: list[int] = segment_lengths or cu_seq_lens_q.diff().tolist()
     if softcap is not None or s_aux is not None or dropout > 0.0:
-        return _explicit(query, key, value, cu_seq_lens_q, scale, dropout, sliding_window, softcap, s_aux), None
+        return _explicit(query, key, value, lengths, scale, dropout, sliding_window, softcap, s_aux), None
     if fast and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         fused = _fused_backend(query.shape[-1])
         if fused is not None:
             if max_length_q is None:
-                max_length_q = int(cu_seq_lens_q.diff().max())
+                max_length_q = max(lengths)
             window = (sliding_window - 1 if sliding_window else -1, 0)
             q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
             return fused(q_THD, k_THD, v_THD, cu_seq_lens_q, max_length_q, scale, window)[None], None
-    lengths: list[int] = cu_seq_lens_q.diff().tolist()
     blocked = fast and query.device.type == "cpu"
     attend = segment_attention.segment_attention if blocked else segment_attention.reference
     return attend(query[0], key[0], value[0], lengths, scale, sliding_window)[None], None
@@ -139,11 +142,10 @@ CONSTANTS = ("scaling", "sliding_window", "softcap", "s_aux")
 
 
 def _explicit(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, dropout: float, window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, dropout: float, window: int | None,
     softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Attention with the scores written out, one sequence after the other: [1, T, heads, D]."""
-    lengths: list[int] = cu_seqlens.diff().tolist()
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
