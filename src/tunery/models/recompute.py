@@ -226,7 +226,8 @@ def _each(function: Callable[[Tensor], Any], output: Any) -> Any:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """What tells one tensor's memory from another's, of tensors without numbers as well."""
+    return tensor.untyped_storage()._cdata
 
 
 # ---------------------------------------------------------------- offload: where the inputs wait
