@@ -1,0 +1,103 @@
+"""Oracles: the formula by autograd in float64, a value by hand, and the library's MLPs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from tunery.kernels.swiglu import geglu_tanh, reference, swiglu
+
+FUNCTIONS = {"silu": swiglu, "gelu_tanh": geglu_tanh}
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """gate, up and an upstream gradient."""
+    torch.manual_seed(0)
+    gate, up, dy = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(3))
+    return gate.mul_(3).requires_grad_(), up.requires_grad_(), dy
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 33), (1, 1), (0, 8)])
+def test_value_and_gradients_equal_the_reference(activation, shape):
+    gate, up, dy = inputs(*shape)
+    mine, expected = FUNCTIONS[activation](gate, up), reference(gate, up, activation)
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(*(torch.autograd.grad(y, (gate, up), dy) for y in (mine, expected)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_gradients_are_numerically_right(activation):
+    gate, up, _ = inputs(3, 5)
+    assert torch.autograd.gradcheck(FUNCTIONS[activation], (gate, up))
+
+
+def test_by_hand():
+    """silu(ln 3) = ln 3 * 3/4, because sigmoid(ln 3) = 3/4."""
+    gate = torch.tensor([math.log(3.0)], dtype=torch.float64)
+    torch.testing.assert_close(swiglu(gate, torch.tensor([4.0], dtype=torch.float64)), 3 * gate)
+
+
+@pytest.mark.parametrize(("activation", "name"), [("silu", "silu"), ("gelu_tanh", "gelu_pytorch_tanh")])
+def test_the_librarys_activations(activation, name):
+    gate, up, dy = inputs(9, 24, dtype=torch.float32)
+    mine, expected = FUNCTIONS[activation](gate, up), ACT2FN[name](gate) * up
+    torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+    pairs = zip(*(torch.autograd.grad(y, (gate, up), dy) for y in (mine, expected)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_bfloat16_stays_near_float64(activation):
+    gate, up, dy = inputs(32, 64, dtype=torch.bfloat16)
+    mine = FUNCTIONS[activation](gate, up)
+    exact = reference(gate.double(), up.double(), activation)
+    results = [[y.detach(), *torch.autograd.grad(y, (gate, up), dy.to(y.dtype))] for y in (mine, exact)]
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < 2**-6
+
+
+def test_halves_of_one_projection():
+    """Phi-3 makes gate and up in one product; its halves are views that are not contiguous."""
+    both = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    gate, up = both.chunk(2, dim=-1)
+    results = [(y, torch.autograd.grad(y.sum(), both)[0]) for y in (swiglu(gate, up), reference(gate, up))]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("trains", ["gate", "up"])
+def test_one_of_the_two_may_be_a_constant(trains):
+    gate, up, dy = inputs(3, 4)
+    (up if trains == "gate" else gate).requires_grad_(False)
+    leaf = gate if trains == "gate" else up
+    mine, expected = (torch.autograd.grad(f(gate, up), leaf, dy)[0] for f in (swiglu, reference))
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_kept_and_what_is_written():
+    """Gate and up alone are kept, and the backward writes over none of the caller's tensors."""
+    gate, up, dy = inputs(6, 8, dtype=torch.bfloat16)
+    before = [t.detach().clone() for t in (gate, up, dy)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = swiglu(gate, up)
+    assert [t.data_ptr() for t in kept] == [gate.data_ptr(), up.data_ptr()]
+    y.backward(dy)
+    for tensor, copy in zip((gate, up, dy), before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_the_gradient_has_no_gradient():
+    gate, up, dy = inputs(3, 4)
+    (dup,) = torch.autograd.grad(swiglu(gate, up), up, dy.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dup.sum().backward()
