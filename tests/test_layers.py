@@ -17,7 +17,7 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 LAYERS = [
     ["errors", "types"],
     ["config"],
-    ["files", "progress", "flops", "schedule", "kernels", "assets"],
+    ["files", "progress", "flops", "memory", "schedule", "kernels", "assets"],
     ["data", "models"],
     ["objectives", "adapters", "optimizers", "policy"],
     ["job"],
@@ -25,10 +25,12 @@ LAYERS = [
     ["evaluate.text", "evaluate.loss"],
     ["generate", "export"],
     ["run_folder"],
+    ["devices", "plan"],
     ["setup"],
     ["evaluate"],
+    ["step"],
     ["loop", "replay"],
-    ["compat", "plan"],
+    ["compat", "plan.command"],
     ["api", "chat", "inspect"],
     ["cli", "__main__"],
 ]

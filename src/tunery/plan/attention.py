@@ -1,0 +1,90 @@
+"""Packed attention as a plan sees it: what it keeps and what it does, without doing it.
+
+The real back ends (models/attention.py) cut a stream into sequences and blocks, run on their own device only, and keep
+tables for later calls; none of that belongs into a run on shapes. What they keep is simple: the blocked one on a CPU
+its inputs, the fused ones on CUDA the output and a number a row besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunery.models import attention
+
+NAME = "tunery_plan"
+
+
+@contextmanager
+def standing_in(model: Any, fused: bool, note_work: Callable[[bool, int, int], None]) -> Iterator[None]:
+    """Let `model`, where it takes our hook, attend with nothing computed. `fused`: as the CUDA back ends do;
+    `note_work` is told (in 16 bits, operations, bytes)."""
+    from transformers import AttentionInterface
+
+    before = model.config._attn_implementation
+    if before not in attention.HOOKS:
+        yield
+        return
+    real = attention.HOOKS[before]
+
+    def hook(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+        sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+        segment_lengths: list[int] | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        lengths = segment_lengths or [query.shape[2]]
+        if before != attention.NAME or softcap is not None or s_aux is not None or dropout > 0.0:
+            return real(
+                module, query, key, value, attention_mask, dropout=dropout, sliding_window=sliding_window,
+                softcap=softcap, s_aux=s_aux, segment_lengths=lengths, **kwargs,
+            )  # fmt: skip
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        pairs = sum(_pairs(length, sliding_window) for length in lengths)
+        return _Attention.apply(query, key, value, pairs, fused, note_work), None
+
+    attention.HOOKS[NAME] = hook
+    AttentionInterface.register(NAME, hook)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        del attention.HOOKS[NAME]
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """(query, key) pairs that causal attention over a sequence looks at."""
+    inside = length if window is None else min(length, window)
+    return inside * (inside + 1) // 2 + (length - inside) * inside
+
+
+class _Attention(torch.autograd.Function):
+    """[1, heads, T, D] and twice [1, kv_heads, T, D] to [1, T, heads, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: int, fused: bool, note_work: Callable[..., None]
+    ) -> Tensor:
+        _, heads, tokens, dim = query.shape
+        out = query.new_empty(1, tokens, heads, dim)
+        if fused:
+            row_sums = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
+            ctx.save_for_backward(query, key, value, out, row_sums)
+        else:
+            ctx.save_for_backward(query, key, value)
+        ctx.work = (4 * pairs * heads * dim, sum(x.numel() * x.element_size() for x in (query, key, value, out)))
+        ctx.note_work = note_work
+        note_work(query.element_size() == 2, *ctx.work)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors[:3]
+        flops, moved = ctx.work
+        ctx.note_work(query.element_size() == 2, 5 * flops // 2, 2 * moved)  # five products, the scores' made again
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None, None

@@ -1,0 +1,90 @@
+"""The micro-batch and the rung of a run: the fastest that fits."""
+
+from __future__ import annotations
+
+from tunery.devices import Device
+from tunery.job import Job
+from tunery.models.load import load_config
+from tunery.plan.planner import ENOUGH, RUNGS, SMALL, Planner, dtype_on
+from tunery.plan.work import Rows
+
+STEP = 256  # micro-batches are a multiple of so many tokens, unless the longest example wants more
+
+
+def choose(job: Job, rows: Rows, device: Device, world: int = 1) -> tuple[int, str]:
+    """(train.micro_tokens, train.checkpointing) for `job` on `device`, whatever of them the job leaves open: as many
+    tokens as keep the device busy on the first rung they fit on. Where nothing fits, what comes nearest. A function of
+    its arguments alone. Raises ModelError and ConfigError for a model or an adapter that cannot be."""
+    train = job.train
+    most = train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
+    rungs = rungs_of(job, device)
+    if (train.micro_tokens and len(rungs) == 1) or roughly(job, most, device) < device.memory // 2:
+        return most, rungs[0]
+    planner = Planner(job, rows, device, world)
+    return best(planner, most, rungs)
+
+
+def best(planner: Planner, most: int, rungs: tuple[str, ...]) -> tuple[int, str]:
+    """The largest micro-batch up to `most` tokens, on the first rung where it is not small."""
+    enough = min(SMALL[planner.device.kind], most)
+    found: list[tuple[int, str]] = []
+    for rung in rungs:
+        tokens = largest(planner, most, rung)
+        if tokens is not None and tokens >= enough:
+            return tokens, rung
+        if tokens is not None:
+            found.append((tokens, rung))
+    return max(found, key=lambda pair: pair[0]) if found else (least(planner, most), rungs[-1])
+
+
+def largest(planner: Planner, most: int, rung: str) -> int | None:
+    """The largest micro-batch up to `most` tokens that fits on a rung, None where not even the smallest does. Memory
+    is nearly a straight line over tokens, so the place is found on one and then confirmed."""
+    room = planner.device.memory
+    if planner.job.train.micro_tokens is not None:
+        return most if planner.memory(most, rung).total <= room else None
+    high = most
+    if planner.memory(high, rung).total <= room:
+        return high
+    low = least(planner, most)
+    if planner.memory(low, rung).total > room:
+        return None
+    while high - low > STEP:
+        a, b = planner.memory(low, rung).total, planner.memory(high, rung).total
+        between = low + (high - low) * (room - a) // max(b - a, 1)
+        between = min(max(between // STEP * STEP, low + 1), high - 1)
+        if planner.memory(between, rung).total > room:
+            high = between
+        elif between - low < STEP:
+            return between
+        else:
+            low = between
+    return low
+
+
+def least(planner: Planner, most: int) -> int:
+    """The smallest micro-batch there is any use in: the longest example."""
+    return max(8, min(most, int(planner.rows.lengths.max())))
+
+
+def rungs_of(job: Job, device: Device) -> tuple[str, ...]:
+    """The rungs a job leaves open on a device, fastest first."""
+    if job.train.checkpointing != "auto":
+        return (job.train.checkpointing,)
+    return RUNGS[:-1] if device.kind == "cpu" else RUNGS
+
+
+def roughly(job: Job, tokens: int, device: Device) -> int:
+    """Bytes that a run would take at most, give or take, by the closed form: to see at a glance that a small model fits
+    easily, and where a model's code does not run on shapes. Parameters at 16 bytes, and of each layer's token twice
+    the 8H + 2q + 2kv + 4I numbers that eager code keeps; every score of attention that is written out."""
+    config = load_config(job.model).get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    parameters = layers * (4 * hidden**2 + 3 * hidden * inner * experts) + 2 * config.vocab_size * hidden
+    width = dtype_on(job.model.dtype, device).itemsize
+    per_layer = width * 2 * (12 * hidden + 4 * inner * (getattr(config, "num_experts_per_tok", None) or 1))
+    if getattr(config, "attn_logit_softcapping", None):
+        per_layer += 4 * width * config.num_attention_heads * job.data.max_length
+    return device.overhead + 16 * parameters + tokens * layers * per_layer

@@ -1,0 +1,101 @@
+"""What a run's steps will be made of, from the lengths of its rows alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunery.data.loader import Cut, Loader, streams
+from tunery.data.store import TokenStore
+from tunery.job import Job
+from tunery.plan.shadow import Stream
+
+# Steps of the first epoch that are looked at, evenly spaced, where there are more.
+SAMPLED = 512
+
+
+class AssumedRows:
+    """Rows that nobody has read yet: each one sequence of the longest kind, trained on all over."""
+
+    def __init__(self, count: int, length: int):
+        self.lengths = np.full(count, length, dtype=np.int64)
+        self.labelled = self.lengths - 1
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sequence_lengths(self, number: int) -> np.ndarray:
+        return self.lengths[number : number + 1]
+
+    def sequences(self, number: int, /) -> list[Any]:
+        raise NotImplementedError("rows that are assumed have no tokens")
+
+
+Rows = TokenStore | AssumedRows
+
+
+@dataclass
+class Work:
+    """The steps of a run with one cut. `steps` None where the end is not known; `tokens` of a mean step over all ranks,
+    `streams` the token counts of this rank's streams in each step looked at; `largest` the longest stream of them;
+    `labelled` the share of tokens trained on; `mean_length` of a sequence, averaged over tokens."""
+
+    steps: int | None
+    tokens: float
+    streams: list[list[int]]
+    largest: Stream
+    labelled: float
+    mean_length: float
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may take several micro-batches."""
+        return any(len(step) > 1 for step in self.streams)
+
+    def typical(self, tokens: int) -> Stream:
+        """A stream of so many tokens, of sequences of the mean length."""
+        length = max(1, min(tokens, round(self.mean_length)))
+        count, rest = divmod(tokens, length)
+        lengths = [length] * count + ([rest] if rest else [])
+        return Stream(tuple(lengths), max(1, round(self.labelled * tokens)))
+
+
+def work_of(job: Job, rows: Rows, micro_tokens: int, world: int = 1) -> Work:
+    """What `job` makes of `rows` when streams hold `micro_tokens` tokens."""
+    train = job.train
+    how = Cut(micro_tokens, train.packing, 0, world)
+    loader = Loader(rows, batch_size=train.batch_size, seed=train.seed, shuffle=train.shuffle, how=how)
+    known = not isinstance(rows, AssumedRows)
+    total = train.max_steps or (math.ceil(train.epochs * loader.steps_per_epoch) if known else None)
+    count = min(total or 1, loader.steps_per_epoch)
+    looked_at = range(0, count, max(1, count // SAMPLED))
+    cuts: list[list[int]] = []
+    largest, tokens = ((), 0), 0
+    for step in looked_at:
+        numbers = loader.rows(step)
+        lengths = [int(rows.lengths[i]) for i in numbers]
+        tokens += sum(lengths)
+        members = [[numbers[j] for j in stream] for stream in streams(lengths, how)]
+        cuts.append([sum(int(rows.lengths[i]) for i in stream) for stream in members])
+        for stream, size in zip(members, cuts[-1], strict=True):
+            largest = max(largest, (tuple(stream), size), key=lambda found: found[1])
+    return Work(
+        total, tokens / len(looked_at), cuts, _stream(rows, largest[0]),
+        float(rows.labelled.sum() / rows.lengths.sum()), _mean_length(rows),
+    )  # fmt: skip
+
+
+def _stream(rows: Rows, numbers: Sequence[int]) -> Stream:
+    lengths = [int(n) for i in numbers for n in rows.sequence_lengths(i)]
+    return Stream(tuple(lengths), max(1, int(sum(rows.labelled[i] for i in numbers))))
+
+
+def _mean_length(rows: Rows, sampled: int = 2000) -> float:
+    """Sum of squares over sum: attention costs a token what stands before it."""
+    numbers = range(0, len(rows), max(1, len(rows) // sampled))
+    lengths = np.concatenate([rows.sequence_lengths(i) for i in numbers]).astype(np.float64)
+    return float((lengths**2).sum() / lengths.sum())
