@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tunery.engine import Engine, fast_bfloat16
+from tunery.engine import Engine, Numbers, fast_bfloat16
 from tunery.errors import ConfigError
 
 
@@ -38,6 +38,7 @@ def test_sums_and_gradients_of_one_rank():
     a.grad = torch.full((2,), 3.0)
     engine.sum_gradients([a, b])
     assert a.grad.tolist() == [3, 3] and b.grad is not None and b.grad.tolist() == [0, 0]
-    assert engine.sum(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
-    assert engine.sum_metrics({"loss": (torch.tensor(2.0), 4)}) == {"loss": (2.0, 4.0)}
+    assert engine.sum([1.0, 2]) == [1, 2]
+    assert engine.sum_metrics({"loss": (2.0, 4.0)}) == {"loss": (2.0, 4.0)}
+    assert Numbers(torch.tensor([1.0, 2.0])).read() == [1, 2]
     assert engine.gather("x") == ["x"] and engine.memory() > 1e6

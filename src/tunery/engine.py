@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,25 @@ def check_dtype(name: str) -> None:
         )
 
 
+class Numbers:
+    """A few numbers on their way from the device. The copy is queued behind what computes them and nobody waits for
+    it until `read`, which waits for this copy alone and not for what was queued later."""
+
+    def __init__(self, values: Tensor):
+        self._values = values.detach().to("cpu", torch.float64, non_blocking=True)
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
 class Engine:
-    """`rank` of `world` processes (started by torchrun or alone), each with a `device`, computing in `dtype`."""
+    """`rank` of `world` processes (started by torchrun or alone), each with a `device`, computing in `dtype`. `lag`:
+    steps that may be queued on the device before their numbers are read; 0 on a CPU, which computes at once."""
 
     def __init__(self, dtype: str = "auto"):
         from accelerate import PartialState
@@ -59,6 +76,10 @@ class Engine:
         self.world: int = state.num_processes
         self.is_main = self.rank == 0
         self.dtype = self._dtype(dtype)
+        self.lag = 1 if self.device.type == "cuda" else 0
+        # Numbers that are on the host anyway are exchanged there: through NCCL they would wait for the device.
+        apart = self.world > 1 and dist.get_backend() != "gloo"
+        self._hosts: Any = dist.new_group(backend="gloo") if apart else None
 
     def _dtype(self, name: str) -> torch.dtype:
         if name == "auto":
@@ -68,20 +89,23 @@ class Engine:
 
     # ------------------------------------------------------------------ ranks
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks of a small tensor on any device, in float64; comes back on the CPU."""
-        total = values.detach().to(torch.float64)
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over ranks of numbers that the host knows. No device is asked or waited for."""
+        total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            total = total.to(self.device) if dist.get_backend() == "nccl" else total.cpu()
-            dist.all_reduce(total)
-        return total.cpu()
+            dist.all_reduce(total, group=self._hosts)
+        return total.tolist()
 
-    def sum_metrics(self, metrics: dict[str, tuple[Any, Any]]) -> dict[str, tuple[float, float]]:
-        """name -> (sum, weight), summed over ranks in their order, as plain numbers. A rank may lack a name."""
-        mine = {name: (float(value), float(weight)) for name, (value, weight) in metrics.items()}
+    def sum_on_device(self, values: Tensor) -> None:
+        """Sum a small tensor of the device's over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+
+    def sum_metrics(self, metrics: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        """name -> (sum, weight), summed over ranks in their order. A rank may lack a name."""
         if self.world == 1:
-            return mine
-        everyone = self.gather(mine)
+            return metrics
+        everyone = self.gather(metrics)
         names = sorted({name for one in everyone for name in one})
         pairs = {name: [one.get(name, (0.0, 0.0)) for one in everyone] for name in names}
         return {name: (sum(p[0] for p in many), sum(p[1] for p in many)) for name, many in pairs.items()}
@@ -90,13 +114,13 @@ class Engine:
         """Every rank's value, in their order, on every rank."""
         values: list[Any] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self._hosts)
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self._hosts)
 
     def same_weights(self, parameters: Iterable[Tensor]) -> None:
         """Give every rank rank 0's parameters (a random initialisation is seeded alike, but be sure)."""

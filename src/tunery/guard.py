@@ -18,6 +18,29 @@ from tunery.types import Batch, Objective, Policy
 RECORD, BATCHES = "failure.json", "batches.pt"
 
 
+class Gate:
+    """Lets an optimizer move only while losses and gradients are finite.
+
+    torch's fused optimizers look at a `found_inf` on the device, made for torch.amp.GradScaler: where it is 1 they
+    leave weights, moments and step count as they are, and nobody has to wait to know. Once shut, the gate stays shut:
+    when the numbers of the step that shut it are read, the weights are still those it began with. `shut`: a float32
+    scalar, 0 or 1. For an optimizer without `found_inf` the answer is waited for, at every step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.optimizer: Any = optimizer
+        self.shut = torch.zeros((), device=device)
+        self.on_device = getattr(optimizer, "_step_supports_amp_scaling", False)  # as GradScaler asks
+
+    def step(self, bad: Tensor) -> None:
+        """Update the weights, unless `bad` (a scalar, 0 for a good step) is or was not 0."""
+        self.shut = torch.maximum(self.shut, (bad != 0).to(self.shut.dtype))
+        if self.on_device:
+            self.optimizer.found_inf = self.shut
+            self.optimizer.step()
+        elif not self.shut.item():
+            self.optimizer.step()
+
+
 @dataclass
 class Finding:
     """What one micro-batch does. `module`: the first one whose output (or parameter, or gradient) is not finite, and

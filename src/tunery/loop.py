@@ -6,26 +6,26 @@ import math
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tunery import checkpoint, guard
+from tunery import checkpoint
 from tunery.checkpoint import check_room
 from tunery.data.loader import evaluation_streams
 from tunery.data.prefetch import Prefetcher
 from tunery.data.store import TokenStore
 from tunery.engine import Engine
-from tunery.errors import ModelError, NonFiniteError, TuneryError
+from tunery.errors import ModelError, TuneryError
 from tunery.evaluate.loss import evaluate
 from tunery.evaluate.showcase import Showcase
 from tunery.export.verify import compare, probe_logits, probes
 from tunery.files import make_readable
 from tunery.flops import cost_of, flops_per_token, peak_flops
+from tunery.guard import Gate
 from tunery.job import Job
 from tunery.models.load import load_model
 from tunery.models.target import load_adapter
@@ -54,6 +54,7 @@ from tunery.setup import (
     save_tokenizer,
     set_up,
 )
+from tunery.step import Taken, forward_backward, settle, total_weight, update
 
 
 class Interrupted(TuneryError):
@@ -81,7 +82,7 @@ def run_job(job: Job, console: Any = None) -> Result:
     read = read_data(job, console if first_rank else None)
     engine = Engine(job.model.dtype)
     try:
-        job = resolve(job, engine)
+        job = resolve(job, engine, read)
         finished = is_finished(job, output)
         resume = None if finished else find_resume(job, output)
         if finished or (resume is not None and resume.parent.resolve() == output.resolve()):
@@ -116,34 +117,31 @@ def train(run: Run, report: Report | NullReport) -> Result:
         _evaluate(run, report, 0)
     model.train()
     with _interruptible() as interrupt, Prefetcher(run.loader, total, engine.device) as ahead:
-        step = run.start
+        step, gate, under_way = run.start, Gate(run.optimizer, engine.device), deque[Taken]()
         while step < total:
             for group, peak in zip(run.optimizer.param_groups, run.peak_lrs, strict=True):
                 group["lr"] = peak * factor(job.schedule, step, total)
             engine.seed(job.train.seed, step)
             work = ahead.step(step)
+            weight, stop = total_weight(run, work, bool(interrupt))
             micro = [batch.to(engine.device) for batch in work.micro]
-
-            weight, stop = _total(run, micro, bool(interrupt))
-            loss, norm, metrics = _reduce(run, _forward_backward(run, micro, weight))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                _fail(run, step, micro)
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
+            loss, metrics = forward_backward(run, micro, weight)
+            under_way.append(update(run, gate, step, work, weight, loss, metrics))
             step += 1
-            report.step(
-                step, loss=loss, weight=weight, lr=run.optimizer.param_groups[0]["lr"], grad_norm=norm,
-                tokens=work.tokens, examples=work.examples, epoch=run.loader.epoch_at(step),
-                metrics=metrics, memory_bytes=engine.memory(),
-            )  # fmt: skip
+            evaluating = run.data.eval is not None and (step % eval_every == 0 or step == total)
+            saving = step % save_every == 0 or step == total or stop
+            while len(under_way) > (0 if evaluating or saving else engine.lag):
+                settle(run, report, under_way.popleft())
 
             improved = False
-            if run.data.eval is not None and (step % eval_every == 0 or step == total):
-                loss = _evaluate(run, report, step)
-                improved = loss < best["loss"]
-                best = {"step": step, "loss": loss, "since": 0} if improved else {**best, "since": best["since"] + 1}
+            if evaluating:
+                held_out = _evaluate(run, report, step)
+                improved = held_out < best["loss"]
+                best = (
+                    {"step": step, "loss": held_out, "since": 0} if improved else {**best, "since": best["since"] + 1}
+                )
             enough = job.eval.patience is not None and best["since"] >= job.eval.patience
-            if step % save_every == 0 or step == total or stop or enough or (improved and job.eval.best):
+            if saving or enough or (improved and job.eval.best):
                 _save(run, report, step, best)
             if stop:
                 raise Interrupted(f"interrupted after step {step}/{total}; saved {run.output}/checkpoint-{step}. "
@@ -152,61 +150,6 @@ def train(run: Run, report: Report | NullReport) -> Result:
                 report.note(f"stopped early after step {step}: {best['since']} evaluations without a better loss")
                 break
     return _finish(run, report, showcase, best, step)
-
-
-# ---------------------------------------------------------------- one step
-
-
-def _total(run: Run, micro: list[Any], interrupted: bool) -> tuple[float, bool]:
-    """The whole step's weight over all ranks, known from the data before any forward; and whether to stop after it."""
-    mine = sum((run.objective.weight(batch) for batch in micro), torch.zeros((), device=run.engine.device))
-    weight, stop = run.engine.sum(torch.stack([mine, torch.tensor(float(interrupted), device=mine.device)])).tolist()
-    return weight, stop > 0
-
-
-def _forward_backward(run: Run, micro: list[Any], weight: float) -> dict[str, tuple[Any, Any]]:
-    """Gradients of (sum of the losses) / weight, whatever the cut. A step with nothing labelled gives zero."""
-    sums: dict[str, tuple[Any, Any]] = {}
-    for batch in micro:
-        loss = run.objective.loss(run.policy, batch)
-        (loss.sum / max(weight, 1e-30)).backward()
-        for name, (value, share) in loss.metrics.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + value, before[1] + share)
-    return sums
-
-
-def _reduce(run: Run, metrics: dict[str, Any]) -> tuple[float, float, dict[str, tuple[float, float]]]:
-    """Gradients summed over ranks and clipped; the step's loss, gradient norm and metrics as plain numbers."""
-    run.engine.sum_gradients(run.parameters)
-    limit = run.job.train.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, limit if limit is not None else math.inf)
-    totals = run.engine.sum_metrics(metrics)
-    value, share = totals.get("loss", (0.0, 0.0))
-    return value / share if share else 0.0, float(norm), totals
-
-
-def _fail(run: Run, step: int, micro: list[Any]) -> None:
-    """Stop before the update: say what was not finite and keep what replays it."""
-    run.optimizer.zero_grad(set_to_none=True)
-    seed = run.job.train.seed
-    findings = guard.investigate(run.model, run.objective, run.policy, micro, lambda: run.engine.seed(seed, step))
-    everyone = run.engine.gather((findings, [guard.as_dict(batch) for batch in micro]))
-    findings = [finding for found, _ in everyone for finding in found]
-    origins = {row: origin(run, row) for finding in findings for row in finding.rows}
-    folder = run.output / f"failure-step-{step + 1}"
-    if run.engine.is_main:
-        guard.keep_failure(folder, step, everyone, origins)
-        run.save_weights(folder)
-    raise NonFiniteError(guard.explain(step + 1, findings, origins, run.output))
-
-
-def origin(run: Run, row: int) -> str:
-    """file:row of a training example, for messages."""
-    if isinstance(run.data.train, TokenStore):
-        file, number = run.data.train.origin(row)
-        return f"{file}:{number}"
-    return f"streamed example {row + 1}"
 
 
 # ---------------------------------------------------------------- around the steps
