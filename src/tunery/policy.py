@@ -7,7 +7,7 @@ run one sequence at a time, or through its own head, and that is said."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tunery.kernels import linear_cross_entropy
 from tunery.kernels.linear_cross_entropy import chunk_rows
 from tunery.models.attention import library_attention, set_attention
+from tunery.models.boundary import Boundary, Enough, Probed, probe
 from tunery.models.parts import Parts, cap_and_scale, take_apart, unwrap
 from tunery.types import Batch
 
@@ -34,7 +35,8 @@ class CausalPolicy:
     noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any).
     `probe` off believes the shortcuts below instead of comparing, for a model that has shapes and no numbers (a plan).
     `reference_head`: the loss from all labelled logits at once. Batches of several sequences are always taken; where
-    `packs` is False they are run one by one. `notes` says which shortcuts the model could not take."""
+    `packs` is False they are run one by one. `notes` says which shortcuts the model could not take. `boundary`, once
+    given: where training keeps the hidden states that enter the first trained layer."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class CausalPolicy:
         self.neftune = neftune
         self.head_loss = linear_cross_entropy.reference if reference_head else linear_cross_entropy.linear_cross_entropy
         self.notes: list[str] = []
+        self.boundary: Boundary | None = None
         self.device = next(model.parameters()).device
         self.parts: Parts | None = take_apart(model)
         self.packs = not _rotary_of_the_whole(self.causal.config, max_length)
@@ -85,11 +88,28 @@ class CausalPolicy:
         logps_N = self._logps_of(self._hidden(batch)[rows], batch.targets_T[rows])
         return torch.zeros(batch.n_tokens, dtype=logps_N.dtype, device=logps_N.device).index_put((rows,), logps_N)
 
+    def run_frozen(self, batch: Batch) -> None:
+        """Run only the layers below the boundary, as in training, to leave their hidden states there."""
+        assert self.boundary is not None
+        body = self.causal if self.parts is None else self.parts.backbone
+        with self.autocast(), self.boundary.around(batch, only=True):
+            for inputs in self._inputs(batch):
+                with suppress(Enough):
+                    body(use_cache=False, **inputs)
+
+    def probe_boundary(self) -> Probed:
+        """Whether training may keep the hidden states that enter the first trained layer."""
+        return probe(self, self._close)
+
+    def _beginning(self, batch: Batch) -> AbstractContextManager[None]:
+        """Around a forward: in training, where there is a boundary, it begins with the states kept there."""
+        return nullcontext() if self.boundary is None or not self.model.training else self.boundary.around(batch)
+
     def _hidden(self, batch: Batch) -> Tensor:
         """The backbone's last hidden states, [T, H], in the arithmetic's dtype."""
         assert self.parts is not None
         backbone = self.parts.backbone
-        with self.autocast():
+        with self.autocast(), self._beginning(batch):
             pieces = [backbone(use_cache=False, **inputs).last_hidden_state[0] for inputs in self._inputs(batch)]
         hidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return hidden.to(self.dtype) if self.dtype in LOW else hidden
@@ -113,7 +133,7 @@ class CausalPolicy:
 
     def _logps_full(self, batch: Batch) -> Tensor:
         """Per-token log-probabilities through the model's own head, [T]."""
-        with self.autocast():
+        with self.autocast(), self._beginning(batch):
             pieces = [self.causal(use_cache=False, **inputs).logits[0] for inputs in self._inputs(batch)]
         logits = torch.cat(pieces)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
