@@ -28,7 +28,7 @@ LAYERS = [
     ["devices", "plan"],
     ["setup"],
     ["evaluate"],
-    ["step"],
+    ["step", "frozen"],
     ["loop", "replay"],
     ["compat", "plan.command"],
     ["api", "chat", "inspect"],

@@ -25,6 +25,7 @@ from tunery.evaluate.showcase import Showcase
 from tunery.export.verify import compare, probe_logits, probes
 from tunery.files import make_readable
 from tunery.flops import cost_of, flops_per_token, peak_flops
+from tunery.frozen import begin_step, drop_frozen_states, keep_frozen_states, skipped_flops
 from tunery.guard import Gate
 from tunery.job import Job
 from tunery.models.load import load_model
@@ -97,6 +98,7 @@ def run_job(job: Job, console: Any = None) -> Result:
             if console is not None:
                 read.data.report.print(console)
         run = set_up(job, engine, read, resume)
+        keep_frozen_states(run)
         if engine.is_main:
             check_disk(run)
         with _make_report(run, console) as report:
@@ -122,6 +124,7 @@ def train(run: Run, report: Report | NullReport) -> Result:
             for group, peak in zip(run.optimizer.param_groups, run.peak_lrs, strict=True):
                 group["lr"] = peak * factor(job.schedule, step, total)
             engine.seed(job.train.seed, step)
+            begin_step(run, step)
             work = ahead.step(step)
             weight, stop = total_weight(run, work, bool(interrupt))
             micro = [batch.to(engine.device) for batch in work.micro]
@@ -168,7 +171,10 @@ def _evaluate(run: Run, report: Report | NullReport, step: int) -> float:
 
 def _save(run: Run, report: Report | NullReport, step: int, best: dict[str, Any]) -> None:
     if run.engine.is_main:
-        state = {"step": step, "total_steps": run.total_steps, "best": best, "versions": run.versions}
+        state = {
+            "step": step, "total_steps": run.total_steps, "best": best, "versions": run.versions,
+            "frozen_states": run.policy.boundary is not None,
+        }  # fmt: skip
         keep_best = best["step"] if run.job.eval.best else None
         checkpoint.save(
             run.output, step, run.save_weights, run.optimizer, state, keep=run.job.train.keep, best=keep_best
@@ -192,6 +198,7 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
         make_readable(run.output)
         if run.adapter.changes_base:
             _compare_saved(run, report)
+    drop_frozen_states(run)
     run.engine.barrier()
     showcase.after()
     metrics = report.finish(model_step=final)
@@ -244,6 +251,7 @@ def _make_report(run: Run, console: Any) -> Report | NullReport:
         cost = flops_per_token(
             cost_of(run.model), labelled=labelled, mean_length=float((lengths**2).sum() / lengths.sum())
         )
+        cost *= 1 - skipped_flops(run) if run.policy.boundary is not None else 1
     report = Report(
         run.output, job.report, total_steps=run.total_steps, total_epochs=run.loader.epoch_at(run.total_steps),
         start_step=run.start, log_every=job.train.log_every, flops_per_token=cost,

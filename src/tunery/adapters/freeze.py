@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,11 @@ class Config(KindConfig):
     layers: int = Field(2, description="the last n layers; negative: the first n; 0: only `extra`")
     modules: list[str] = Field([], description="only these modules of those layers, e.g. [mlp]; empty: all of them")
     extra: list[str] = Field([], description="modules outside the layers as well, e.g. [embed_tokens, norm, lm_head]")
+    cache: Literal["auto"] | bool = Field(
+        "auto",
+        description="keep what the frozen layers give in the first epoch, in a file of the run folder, and begin later "
+        "epochs with it; same result, faster. auto: where it pays",
+    )
 
 
 class Adapter:

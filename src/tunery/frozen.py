@@ -1,0 +1,160 @@
+"""Whether a run computes its frozen layers once and keeps what they give (models/boundary.py), and where."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tunery.data.loader import Loader
+from tunery.data.store import TokenStore
+from tunery.errors import ConfigError
+from tunery.flops import cost_of, flops_per_token
+from tunery.models.boundary import FILE, Boundary, Probed
+from tunery.setup import Run
+
+PAYS = 0.05  # of the run's arithmetic, that has to be saved for a file to be worth it
+DISK, MEMORY = 0.5, 0.5  # of what is free, that the file may take; it is read at random, so it should stay in memory
+
+
+def keep_frozen_states(run: Run) -> None:
+    """Give the run's policy a boundary where its adapter asks for one (`adapter.cache`) and it is exact, say so, and
+    take up what a run that is resumed had kept. Raises ConfigError where it was asked for and cannot be."""
+    wanted = getattr(run.job.adapter, "cache", False)
+    if run.start and wanted is not False:  # as it began: the last bits of a run with and one without are not the same
+        wanted = bool(run.state.get("frozen_states"))
+    if wanted is False:
+        return
+    why_not, probed = _exact(run)
+    if why_not is None:
+        why_not = _room(run, probed, demanding=wanted == "auto")
+    why_not = next((why for why in run.engine.gather(why_not) if why is not None), None)
+    if why_not is not None and wanted is True:
+        raise ConfigError(
+            f"adapter.cache: the frozen layers' states cannot be kept, because {why_not}; set it to false"
+        )
+    if why_not is not None:
+        run.policy.notes.append(f"every epoch runs the frozen layers, because {why_not} (adapter.cache)")
+        return
+    boundary = _open(run, probed)
+    _take_up(run, boundary)
+    run.policy.notes.append(
+        f"the {len(boundary.below)} frozen layers run in the first epoch; later ones begin with what they gave "
+        f"({_size(run, probed) / 1e6:,.0f} MB in {FILE}, {skipped_flops(run):.0%} of the run's arithmetic)"
+    )
+
+
+def begin_step(run: Run, step: int) -> None:
+    """Before a step's first forward: from the second epoch on, the frozen states are read."""
+    boundary = run.policy.boundary
+    if boundary is not None and not boundary.reading and step >= _steps_per_epoch(run):
+        boundary.finish_epoch(run.engine.barrier, run.engine.is_main)
+
+
+def drop_frozen_states(run: Run) -> None:
+    """The run is finished: its file goes."""
+    if run.policy.boundary is not None:
+        run.policy.boundary.close(run.engine.is_main)
+        run.policy.boundary = None
+
+
+def skipped_flops(run: Run) -> float:
+    """The share of the run's arithmetic that later epochs need not do. The whole is that of a run without a boundary;
+    head and layers that train count with their backward."""
+    store = run.data.train
+    assert isinstance(store, TokenStore)
+    lengths, cost = store.lengths, cost_of(run.model)
+    shape: dict[str, Any] = {
+        "labelled": float(store.labelled.sum() / lengths.sum()),
+        "mean_length": float((lengths**2).sum() / lengths.sum()),
+    }
+    above = replace(cost, forward=cost.backward, attention=tuple(layer for layer in cost.attention if layer[2]))
+    frozen = 1 - flops_per_token(above, **shape) / flops_per_token(cost, **shape)
+    return frozen * (1 - _steps_per_epoch(run) / run.total_steps)
+
+
+# ---------------------------------------------------------------- may it be
+
+
+def _exact(run: Run) -> tuple[str | None, Probed]:
+    """What forbids it whatever the machine, and what the probe found."""
+    nothing = Probed(None)
+    if not isinstance(run.loader, Loader):
+        return "the data are streamed", nothing
+    if run.total_steps <= run.loader.steps_per_epoch:
+        return "the run sees each row once", nothing
+    if run.job.train.neftune is not None:
+        return "train.neftune adds new noise to the embeddings at every step", nothing
+    if run.engine.world > int(os.environ.get("LOCAL_WORLD_SIZE", run.engine.world)):
+        return "its ranks are on several machines, which would have to share the file", nothing
+    probed = run.policy.probe_boundary()
+    return probed.why_not, probed
+
+
+def _room(run: Run, probed: Probed, demanding: bool) -> str | None:
+    """Whether the file fits and, where that is left to us, pays. A file that is there already has its room."""
+    size = _size(run, probed)
+    file = run.output / FILE
+    taken = file.stat().st_blocks * 512 if file.is_file() else 0
+    free = shutil.disk_usage(run.output).free + taken
+    if size > DISK * free:
+        return f"what they give takes {size / 1e9:,.1f} GB, and {run.output} has {free / 1e9:,.1f} GB free"
+    if not demanding:
+        return None
+    share, memory = skipped_flops(run), _free_memory()
+    if share < PAYS:
+        return f"that is {share:.1%} of the run's arithmetic"
+    if memory is not None and size > MEMORY * memory:
+        return f"what they give takes {size / 1e9:,.1f} GB, and {memory / 1e9:,.1f} GB of memory are free to hold it"
+    return None
+
+
+def _free_memory() -> int | None:
+    """Bytes of the host's memory that are free or can be freed; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _size(run: Run, probed: Probed) -> int:
+    assert isinstance(run.data.train, TokenStore)
+    return int(run.data.train.lengths.sum()) * probed.width * probed.dtype.itemsize
+
+
+def _steps_per_epoch(run: Run) -> int:
+    assert isinstance(run.loader, Loader)
+    return run.loader.steps_per_epoch
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _open(run: Run, probed: Probed) -> Boundary:
+    """The file, made by the first rank and mapped by all."""
+    assert isinstance(run.data.train, TokenStore)
+    boundary = Boundary(run.model, run.data.train.lengths)
+    for first in (True, False):
+        if first == run.engine.is_main:
+            boundary.open(run.output, probed.width, probed.dtype, afresh=run.start == 0, first=first)
+        run.engine.barrier()
+    return boundary
+
+
+def _take_up(run: Run, boundary: Boundary) -> None:
+    """Of a resumed run: what was kept before its checkpoint, from the file where the first epoch was over, and else by
+    running the frozen layers again on the streams of those steps."""
+    policy, steps = run.policy, _steps_per_epoch(run)
+    policy.boundary = boundary
+    if run.start >= steps and boundary.complete:
+        boundary.reading = True
+        return
+    policy.model.train()
+    for step in range(min(run.start, steps) if run.start < run.total_steps else 0):
+        for batch in run.loader.step(step).micro:
+            policy.run_frozen(batch.to(run.engine.device))
+    if run.start >= steps:
+        begin_step(run, run.start)
