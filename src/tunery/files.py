@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """$TUNERY_CACHE, or ~/.cache/tunery."""
+    return Path(os.environ.get("TUNERY_CACHE") or Path.home() / ".cache" / "tunery")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Atomic: a reader, or a crash at any moment, sees the old file or the new one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def test_with_the_residual_added(offset, cast_first):
 def test_gradients_are_numerically_right():
     x, residual, weight, _ = inputs(3, 5)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS, 1.0, False), (x, weight))
-    assert torch.autograd.gradcheck(lambda *args: add_rms_norm(*args, EPS), (x, residual, weight))
+    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, EPS), (x, residual, weight))
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -135,6 +135,14 @@ def test_frozen_weights_get_no_gradient():
     weight.requires_grad_(False)
     rms_norm(x, weight, EPS).backward(dy)
     assert weight.grad is None and x.grad is not None
+
+
+def test_shapes_that_do_not_belong_together():
+    x, residual, weight, _ = inputs(4, 8)
+    with pytest.raises(ValueError, match=r"residual \(3, 8\)"):
+        add_rms_norm(x, residual[:3], weight, EPS)
+    with pytest.raises(ValueError, match=r"weight \(7,\)"):
+        rms_norm(x, weight[:7], EPS)
 
 
 def test_the_gradient_has_no_gradient():

@@ -96,6 +96,13 @@ def test_what_is_kept_for_the_backward():
     assert [t.data_ptr() for t in kept] == [cos.data_ptr(), sin.data_ptr()]
 
 
+def test_shapes_that_do_not_belong_together():
+    q, k, cos, sin = inputs()
+    for wrong in ((cos[:, 1:], sin[:, 1:]), (cos[..., 1:], sin[..., 1:]), (cos, sin[:1])):
+        with pytest.raises(ValueError, match="rotary takes"):
+            rotary(q, k, *wrong)
+
+
 def test_the_gradient_has_no_gradient():
     q, k, cos, sin = inputs()
     upstream = torch.ones_like(q).requires_grad_()

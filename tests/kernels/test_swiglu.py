@@ -96,6 +96,13 @@ def test_what_is_kept_and_what_is_written():
         assert torch.equal(tensor, copy)
 
 
+def test_shapes_and_dtypes_that_differ():
+    gate, up, _ = inputs(3, 4)
+    for wrong in (up[:1], up.float()):
+        with pytest.raises(ValueError, match="one shape and dtype"):
+            swiglu(gate, wrong)
+
+
 def test_the_gradient_has_no_gradient():
     gate, up, dy = inputs(3, 4)
     (dup,) = torch.autograd.grad(swiglu(gate, up), up, dy.requires_grad_(), create_graph=True)

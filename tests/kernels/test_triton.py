@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunery.kernels import rms_norm, rotary, swiglu, triton_support
+from tunery.kernels import backends, rms_norm, rotary, swiglu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
@@ -145,13 +145,13 @@ def test_gated_kernel(monkeypatch, activation, shape, dtype):
 
 
 def test_float64_and_other_devices_keep_the_torch_form():
-    assert not triton_support.runs_triton(torch.zeros(1))
-    assert not triton_support.runs_triton(torch.zeros(1, dtype=torch.float64, device="meta"))
+    assert not backends.runs_triton(torch.zeros(1))
+    assert not backends.runs_triton(torch.zeros(1, dtype=torch.float64, device="meta"))
 
 
 COMPILED: list[tuple[str, dict[str, Any]]] = [
-    ("triton_rms_norm._forward_kernel", {"CAST_FIRST": True, "ROWS": 1, "BLOCK": 4096}),
-    ("triton_rms_norm._forward_kernel", {"CAST_FIRST": False, "ROWS": 32, "BLOCK": 128}),
+    ("triton_rms_norm._forward_kernel", {"CAST_FIRST": True, "ADD": True, "ROWS": 1, "BLOCK": 4096}),
+    ("triton_rms_norm._forward_kernel", {"CAST_FIRST": False, "ADD": False, "ROWS": 32, "BLOCK": 128}),
     (
         "triton_rms_norm._backward_kernel",
         {"CAST_FIRST": True, "ADD": True, "WEIGHT": True, "ROWS": 1, "BLOCK": 4096},
@@ -172,7 +172,9 @@ COMPILED: list[tuple[str, dict[str, Any]]] = [
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("ones", [(), ("n", "width", "half", "rest", "tokens", "x_depth", "y_depth", "x_stride")])
+@pytest.mark.parametrize(
+    "ones", [(), ("n", "width", "half", "rest", "tokens", "x_depth", "y_depth", "x_stride", "residual_stride")]
+)
 @pytest.mark.parametrize(("name", "constants"), COMPILED)
 def test_compiles_for_a_gpu(name, constants, ones):
     """For compute capability 8.0, in bfloat16, and without spilling registers; also with sizes of 1, which Triton

@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import DataError
+from tunery.files import cache_folder
 
 # How long a rank waits after rank 0's last sign of life, in seconds.
 PATIENCE = 600.0
-
-
-def cache_folder() -> Path:
-    """$TUNERY_CACHE, or ~/.cache/tunery."""
-    return Path(os.environ.get("TUNERY_CACHE") or Path.home() / ".cache" / "tunery")
 
 
 def rank() -> int:

@@ -14,40 +14,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunery.kernels.triton_support import as_rows, device_of, power_of_two, warps
+from tunery.kernels.backends import as_rows, device_of, power_of_two, warps
 
 # Elements of a tile, and programs in the backward: a few for each multiprocessor of a large GPU.
 TILE = 4096
 PROGRAMS = 512
 
 
-def forward(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> tuple[Tensor, Tensor]:
-    """(y, rstd [..., 1] float32)."""
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x + residual or x itself, rstd [..., 1] float32)."""
     rows = as_rows(x)
     n, width = rows.shape
     dtype = torch.promote_types(x.dtype, weight.dtype) if cast_first else x.dtype
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     block = power_of_two(width)
     tile_rows = max(1, TILE // block)
     if n:
+        other = rows if residual is None else as_rows(residual)
         with device_of(x):
             _forward_kernel[(triton.cdiv(n, tile_rows),)](
                 rows,
+                other,
+                h,
                 weight.contiguous(),
                 y,
                 rstd,
                 n,
                 width,
                 rows.stride(0),
+                other.stride(0),
                 eps,
                 offset,
                 CAST_FIRST=cast_first,
+                ADD=residual is not None,
                 ROWS=tile_rows,
                 BLOCK=block,
                 num_warps=warps(tile_rows * block),
             )
-    return y, rstd
+    return y, h, rstd
 
 
 def backward(
@@ -98,15 +106,19 @@ def backward(
 @triton.jit
 def _forward_kernel(
     x_ptr,
+    residual_ptr,
+    h_ptr,
     weight_ptr,
     y_ptr,
     rstd_ptr,
     n,
     width,
     x_stride,
+    residual_stride,
     eps,
     offset,
     CAST_FIRST: tl.constexpr,
+    ADD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -114,6 +126,10 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK)
     inside = (row < n)[:, None] & (column < width)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    if ADD:
+        other = tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
+        x = (x.to(tl.float32) + other.to(tl.float32)).to(x.dtype)
+        tl.store(h_ptr + row[:, None] * width + column[None, :], x, mask=inside)
     wide = x.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / width + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < n)

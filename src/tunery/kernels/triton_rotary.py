@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunery.kernels.triton_support import device_of, power_of_two, warps
+from tunery.kernels.backends import device_of, power_of_two, warps
 
 TILE = 8192  # elements of one half of the heads that a program turns
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunery.kernels.triton_support import as_rows, device_of
+from tunery.kernels.backends import as_rows, device_of
 
 BLOCK = 1024
 
@@ -60,15 +60,18 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Ten
 
 
 @triton.jit
-def _sigmoid_and_slope(x, SILU: tl.constexpr):
-    """(sigmoid(z(x)), z'(x))."""
+def _sigmoid(x, SILU: tl.constexpr):
+    """(s = sigmoid(z(x)), (1 - s) z'(x)), neither by a difference, which would cancel, nor by an exponential that
+    overflows."""
     if SILU:
         z = x
         slope = tl.full(x.shape, 1.0, tl.float32)
     else:
         z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    return 1.0 / (1.0 + tl.exp(-z)), slope
+    e = tl.exp(-tl.abs(z))
+    large, small = 1.0 / (1.0 + e), e / (1.0 + e)
+    return tl.where(z < 0, small, large), tl.where(z < 0, large, small) * slope
 
 
 @triton.jit
@@ -78,7 +81,7 @@ def _forward_kernel(gate_ptr, up_ptr, y_ptr, width, gate_stride, up_stride, SILU
     inside = column < width
     x = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    sigmoid, _ = _sigmoid_and_slope(x, SILU)
+    sigmoid, _ = _sigmoid(x, SILU)
     tl.store(y_ptr + row * width + column, (x * sigmoid * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -102,7 +105,7 @@ def _backward_kernel(
     dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    sigmoid, slope = _sigmoid_and_slope(x, SILU)
-    dgate = dy * up * sigmoid * (1.0 + x * (1.0 - sigmoid) * slope)
+    sigmoid, rest = _sigmoid(x, SILU)
+    dgate = dy * up * sigmoid * (1.0 + x * rest)
     tl.store(dgate_ptr + row * width + column, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + row * width + column, (dy * x * sigmoid).to(dup_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,181 @@
+"""The kernels of elementwise.cpp, built by this machine's C++ compiler: the norm, rotary embedding and gated
+activations in one pass over memory, where torch's operations take three to eight, each waking and waiting for every
+thread.
+
+Building takes a second or two and happens once a machine (the library is kept in the cache folder, under a name that
+says source, flags and processor); loading takes milliseconds. Unlike torch.compile there is nothing to trace or to
+compile again when a length changes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tunery.errors import TuneryError
+from tunery.files import cache_folder
+from tunery.kernels.backends import as_rows
+
+SOURCE = Path(__file__).with_name("elementwise.cpp")
+# No flag that assumes numbers to be finite: what is not must come out as it went in.
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math"),  # without these the loops are not vectorised
+)
+
+_LETTERS = {torch.bfloat16: "b", torch.float32: "f"}
+# Arguments of each function: p a tensor or None, i an integer, f a float; the number of threads comes last.
+_ARGUMENTS = {
+    "rms_forward": "ppppppiiiifi",
+    "rms_backward": "pppppppiiiiii",
+    "turn": "ppppiiiiiiiiiiiii",
+    "silu_forward": "pppiiii",
+    "silu_backward": "pppppiiiii",
+    "gelu_tanh_forward": "pppiiii",
+    "gelu_tanh_backward": "pppppiiiii",
+}
+_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+def available() -> bool:
+    """Whether the kernels can be had here, without building them: Linux, and a C++ compiler ($CXX, g++ or clang++)."""
+    return sys.platform == "linux" and compiler() is not None
+
+
+def compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The built kernels, from the cache folder where they are there. Raises TuneryError when they cannot be built."""
+    program = compiler()
+    if not available() or program is None:
+        raise TuneryError("compiled kernels need Linux and a C++ compiler (g++ or clang++, or $CXX): none was found")
+    source = SOURCE.read_bytes()
+    name = hashlib.sha256(repr((source, FLAGS, program, _processor())).encode()).hexdigest()[:16]
+    folder = cache_folder() / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"elementwise-{name}.so"
+        if not path.exists():
+            _build(program, path)
+    except OSError:  # a home that cannot be written: build for this process alone
+        path = Path(tempfile.mkdtemp(prefix="tunery-")) / "elementwise.so"
+        _build(program, path)
+    return ctypes.CDLL(str(path))
+
+
+def rms_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x + residual or x itself, rstd [..., 1] float32)."""
+    rows, other = as_rows(x), None if residual is None else as_rows(residual)
+    n, width = rows.shape
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype) if cast_first else x.dtype)
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+    strides = (rows.stride(0), 0 if other is None else other.stride(0))
+    scale = _scale(weight, offset)
+    _call("rms_forward", (x, y), rows, other, h, scale, y, rstd, n, width, *strides, eps, cast_first)
+    return y, h, rstd
+
+
+def rms_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    offset: float,
+    cast_first: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(d loss / d h with `dh`, what comes to h from elsewhere, added; d loss / d weight or None)."""
+    rows, up, more = as_rows(h), as_rows(dy), None if dh is None else as_rows(dh)
+    n, width = rows.shape
+    dx = torch.empty(h.shape, dtype=h.dtype)
+    parts = torch.zeros((torch.get_num_threads(), width)) if need_weight else None
+    strides = (up.stride(0), 0 if more is None else more.stride(0), rows.stride(0))
+    scale = _scale(weight, offset)
+    _call("rms_backward", (h, dy), up, more, rows, scale, rstd, dx, parts, n, width, *strides, cast_first)
+    return dx, None if parts is None else parts.sum(0).to(weight.dtype)
+
+
+def turn(x: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, back: bool) -> Tensor:
+    """x [B, heads, T, D] turned by the angles, or by the transposed rotation (`back`)."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    cos, sin = cos_BTR.contiguous(), sin_BTR.to(cos_BTR.dtype).contiguous()
+    y = torch.empty_like(x)
+    batch, heads, tokens, depth = x.shape
+    half = cos.shape[-1] // 2
+    sizes = (batch, heads, tokens, half, depth - 2 * half)
+    strides = (*x.stride()[:3], *y.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0)
+    _call("turn", (x, cos), x, cos, sin, y, *sizes, *strides, back)
+    return y
+
+
+def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype)
+    g, u = as_rows(gate), as_rows(up)
+    _call(f"{activation}_forward", (gate,), g, u, y, *g.shape, g.stride(0), u.stride(0))
+    return y
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(d loss / d gate, d loss / d up)."""
+    dgate, dup = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
+    d, g, u = as_rows(dy), as_rows(gate), as_rows(up)
+    _call(f"{activation}_backward", (gate,), d, g, u, dgate, dup, *g.shape, d.stride(0), g.stride(0), u.stride(0))
+    return dgate, dup
+
+
+def _call(name: str, types: tuple[Tensor, ...], *arguments: Tensor | float | None) -> None:
+    """Tensors are passed by address, so they stay alive in the caller's `arguments` until the call is over."""
+    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    _function(name, "".join(_LETTERS[t.dtype] for t in types))(*plain, torch.get_num_threads())
+
+
+@cache
+def _function(name: str, letters: str) -> Callable[..., None]:
+    prototype = ctypes.CFUNCTYPE(None, *(_C_TYPES[a] for a in _ARGUMENTS[name]))
+    return prototype(ctypes.c_size_t.in_dll(library(), f"{name}_{letters}").value)
+
+
+def _scale(weight: Tensor, offset: float) -> Tensor:
+    return weight.float().add(offset).contiguous() if offset else weight.float().contiguous()
+
+
+def _processor() -> str:
+    """What -march=native depends on: machines that share a home need not be alike."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return line
+    return platform.processor() or platform.machine()
+
+
+def _build(program: str, path: Path) -> None:
+    """Beside its place, then renamed into it: several processes may build at once."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [program, *FLAGS, str(SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise TuneryError(f"the kernels could not be compiled: {' '.join(command)}\n{done.stderr.strip()}")
+        os.replace(made, path)
