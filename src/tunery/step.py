@@ -84,7 +84,7 @@ def settle(run: Run, report: Report | NullReport, taken: Taken) -> None:
     value, share = metrics.get("loss", (0.0, 0.0))
     report.step(
         taken.step + 1, loss=value / share if share else 0.0, weight=taken.weight, lr=taken.lr, grad_norm=norm,
-        tokens=taken.work.tokens, examples=taken.work.examples, epoch=run.loader.epoch_at(taken.step + 1),
+        tokens=taken.work.tokens, examples=len(taken.work.rows), epoch=run.loader.epoch_at(taken.step + 1),
         metrics=metrics, memory_bytes=run.engine.memory(),
     )  # fmt: skip
 

@@ -91,4 +91,38 @@ def test_a_stream_resumes_where_it_would_have_been():
     steps = [through.step(n) for n in range(7)]
     resumed = StreamLoader(Streamed(rows), batch_size=4, how=Cut(64)).step(5)
     assert [b.ids_T.tolist() for b in resumed.micro] == [b.ids_T.tolist() for b in steps[5].micro]
-    assert resumed.examples == 4 and resumed.tokens == steps[5].tokens
+    assert len(resumed.rows) == 4 and resumed.tokens == steps[5].tokens
+
+
+@pytest.mark.parametrize("how", [Cut(64), Cut(200, world=3, rank=1), Cut(64, packing=False)])
+def test_a_step_cut_again_is_the_step_of_that_cut(how):
+    loaders = [Loader(Rows(37), batch_size=8, seed=1, shuffle=True, how=h) for h in (Cut(90), how)]
+    first, other = (loader.step(3) for loader in loaders)
+    again = first.recut(how)
+    assert [(b.ids_T.tolist(), b.rows) for b in again.micro] == [(b.ids_T.tolist(), b.rows) for b in other.micro]
+    assert again.tokens == first.tokens == other.tokens and again.recut(how) is again
+
+
+@pytest.mark.parametrize("how", [Cut(64), Cut(200, world=3, rank=1), Cut(64, packing=False), Cut(10_000)])
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_largest_stream_of_a_run_is_found_from_lengths(how, start):
+    loader = Loader(Rows(37), batch_size=8, seed=1, shuffle=True, how=how)
+    steps = [loader.step(n) for n in range(start, 12)]
+    stream, several = loader.largest_stream(start, 12)
+    assert stream is not None and stream.n_tokens == max(step.largest for step in steps)
+    assert any(b.ids_T.equal(stream.ids_T) and b.rows == stream.rows for step in steps for b in step.micro)
+    assert several == any(len(step.micro) > 1 for step in steps)
+
+
+def test_of_a_long_run_the_longest_example_is_looked_at(monkeypatch):
+    monkeypatch.setattr("tunery.data.loader.LOOKED_AT", 3)
+    rows = Rows(100)
+    rows.examples[61] = [Tokens(np.full(500, 61, np.int32), np.ones(500, np.float32))]
+    loader = Loader(rows, batch_size=4, seed=2, shuffle=True, how=Cut(64))
+    stream, _ = loader.largest_stream(0, 75)
+    assert stream is not None and stream.n_tokens == 500
+
+
+def test_a_rank_without_rows_has_no_largest_stream():
+    loader = Loader(Rows(2), batch_size=2, seed=1, shuffle=True, how=Cut(64, world=3, rank=2))
+    assert loader.largest_stream(0, 4) == (None, False)

@@ -41,7 +41,7 @@ def test_the_steps_are_the_loaders(number, start):
         for step in range(start, 9):
             mine, theirs = ahead.step(step), alone.step(step)
             assert streams(mine) == streams(theirs)
-            assert (mine.examples, mine.tokens) == (theirs.examples, theirs.tokens)
+            assert (mine.rows, mine.tokens) == (theirs.rows, theirs.tokens)
     assert not threads()
 
 

@@ -43,13 +43,37 @@ class Cut:
     world: int = 1
 
 
+# Steps that are looked at for the largest stream, evenly spaced, where a run has more.
+LOOKED_AT = 2000
+
+
 @dataclass
 class Step:
-    """One optimizer step: this rank's micro-batches, and the whole step's size over all ranks."""
+    """One optimizer step over all ranks: `examples`, each of one or more sequences, and the numbers of their `rows`;
+    and `micro`, this rank's share of them as streams, cut as `how` says."""
 
+    examples: Sequence[list[Tokens]]
+    rows: list[int]
+    how: Cut
     micro: list[Batch]
-    examples: int
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all ranks."""
+        return sum(len(tokens) for sequences in self.examples for tokens in sequences)
+
+    @property
+    def largest(self) -> int:
+        """Tokens of this rank's largest stream; 0 without any."""
+        return max((batch.n_tokens for batch in self.micro), default=0)
+
+    def recut(self, how: Cut) -> Step:
+        """The same examples cut in another way."""
+        return self if how == self.how else make_step(self.examples, self.rows, how)
+
+
+def make_step(examples: Sequence[list[Tokens]], rows: list[int], how: Cut) -> Step:
+    return Step(examples, rows, how, cut(examples, rows, how))
 
 
 def streams(lengths: Sequence[int], how: Cut) -> list[list[int]]:
@@ -64,10 +88,13 @@ def streams(lengths: Sequence[int], how: Cut) -> list[list[int]]:
 
 def cut(examples: Sequence[list[Tokens]], rows: Sequence[int], how: Cut) -> list[Batch]:
     """This rank's share of `examples` as streams."""
-    return [
-        collate([t for i in members for t in examples[i]], [rows[i] for i in members for _ in examples[i]])
-        for members in streams([sum(len(t) for t in sequences) for sequences in examples], how)
-    ]
+    found = streams([sum(len(t) for t in sequences) for sequences in examples], how)
+    return [_one_stream([examples[i] for i in members], [rows[i] for i in members]) for members in found]
+
+
+def _one_stream(examples: Sequence[list[Tokens]], rows: Sequence[int]) -> Batch:
+    counted = zip(examples, rows, strict=True)
+    return collate([t for sequences in examples for t in sequences], [row for e, row in counted for _ in e])
 
 
 def epoch_order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -82,6 +109,7 @@ class Loader:
 
     def __init__(self, store: Store, *, batch_size: int, seed: int, shuffle: bool, how: Cut):
         self.store, self.batch_size, self.seed, self.shuffle, self.how = store, batch_size, seed, shuffle, how
+        self.longest: int = int(store.lengths.max())  # tokens of an example, which no cut takes apart
         self.steps_per_epoch = math.ceil(len(store) / batch_size)
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -95,8 +123,30 @@ class Loader:
 
     def step(self, step: int) -> Step:
         rows = self.rows(step)
-        examples = [self.store.sequences(row) for row in rows]
-        return Step(cut(examples, rows, self.how), len(rows), int(self.store.lengths[rows].sum()))
+        return make_step([self.store.sequences(row) for row in rows], rows, self.how)
+
+    def largest_stream(self, start: int, total: int) -> tuple[Batch | None, bool]:
+        """The largest of this rank's streams in the steps from `start` to `total` (None: it has no rows), found from
+        lengths alone; and whether a step has several streams. Of a long run, evenly spaced steps are looked at and the
+        one in which the longest example comes first."""
+        steps = list(range(start, total, max(1, (total - start) // LOOKED_AT)))
+        order = epoch_order(len(self.store), self.seed, start // self.steps_per_epoch, self.shuffle)
+        place = int(np.flatnonzero(order == int(self.store.lengths.argmax()))[0])
+        first = start - start % self.steps_per_epoch + place // self.batch_size
+        if start <= first < total:
+            steps.append(first)
+        largest, size, several = list[int](), 0, False
+        for step in steps:
+            rows = self.rows(step)
+            lengths = [int(self.store.lengths[row]) for row in rows]
+            found = [[rows[i] for i in members] for members in streams(lengths, self.how)]
+            several = several or len(found) > 1
+            for members in found:
+                tokens = int(self.store.lengths[members].sum())
+                if tokens > size:
+                    largest, size = members, tokens
+        stream = _one_stream([self.store.sequences(row) for row in largest], largest) if largest else None
+        return stream, several
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data after `step` steps."""
@@ -108,6 +158,7 @@ class StreamLoader:
     """Steps over a stream. Steps must be asked for in order; asking for a later one first (a resume) skips ahead."""
 
     steps_per_epoch = None
+    longest = None  # not known beforehand
 
     def __init__(self, stream: Stream, *, batch_size: int, how: Cut):
         self.stream, self.batch_size, self.how = stream, batch_size, how
@@ -123,8 +174,11 @@ class StreamLoader:
         self._next = step + 1
         examples = [next(self._examples) for _ in range(self.batch_size)]
         first = step * self.batch_size
-        rows = list(range(first, first + len(examples)))
-        return Step(cut(examples, rows, self.how), len(examples), sum(len(t) for e in examples for t in e))
+        return make_step(examples, list(range(first, first + len(examples))), self.how)
+
+    def largest_stream(self, start: int, total: int) -> tuple[Batch | None, bool]:
+        """Nobody knows before it is read."""
+        return None, False
 
     def epoch_at(self, step: int) -> float:
         return 0.0
