@@ -107,7 +107,7 @@ def prepare(job: Job, assets: Path, folder: Path) -> Prepared:
     rows = json.loads((assets / "datasets/llamafactory/alpaca_en_demo.json").read_text(encoding="utf-8"))
     conversations = [_conversation(row) for row in rows]
     if job.long:
-        conversations = _joined(job, conversations, folder)
+        conversations = _joined(job, conversations[: 16 * job.rows], folder)
     conversations = conversations[: job.rows]
     sequences = _tokens(job, conversations, folder)
     with (folder / TOKENS).open("w", encoding="utf-8") as file:
@@ -200,13 +200,12 @@ def _save_model(job: Job, assets: Path, folder: Path) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for name, dtype in ((MODEL_FP32, torch.float32), (MODEL, torch.bfloat16)):
-        model.to(dtype).save_pretrained(folder / name)
+        model.to(dtype).save_pretrained(str(folder / name))
         tokenizer.save_pretrained(folder / name)
     if not job.full:
         config = LoraConfig(
             r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        config.base_model_name_or_path = str(folder / MODEL)
         get_peft_model(model, config).save_pretrained(folder / ADAPTER, save_embedding_layers=False)
 
 

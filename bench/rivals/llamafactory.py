@@ -8,8 +8,8 @@ from collections import defaultdict
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from llamafactory.data.processor.processor_utils import greedy_knapsack
-from llamafactory.train.tuner import run_exp
+from llamafactory.data.processor.processor_utils import greedy_knapsack  # type: ignore  # in its own environment
+from llamafactory.train.tuner import run_exp  # type: ignore
 
 from bench.rivals.recorder import StepClock, arguments, finish, packs_per_step, read_tokens
 
