@@ -21,6 +21,7 @@ from tunery.diagnose import DataCounts
 from tunery.engine import Engine, check_dtype
 from tunery.errors import ConfigError, ModelError
 from tunery.job import Job
+from tunery.models.fuse import fuse
 from tunery.models.load import (
     ModelConfig,
     hook_attention,
@@ -298,7 +299,8 @@ def announce(run: Run) -> list[str]:
 
 
 def make_policy(job: Job, model: Any, dtype: torch.dtype, probe: bool = True) -> CausalPolicy:
-    """The policy of a model with its adapter. `probe` as CausalPolicy's."""
+    """The policy of a model with its adapter, the fast paths put into the model. `probe` as CausalPolicy's."""
+    fuse(model, job.kernels, dtype)
     return CausalPolicy(
         model, dtype=dtype, neftune=job.train.neftune, max_length=job.data.max_length, probe=probe,
         reference_head=job.kernels.head == "reference",

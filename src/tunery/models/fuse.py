@@ -1,0 +1,286 @@
+"""The fast paths of kernels/ put into a loaded model, module by module.
+
+A module keeps its parameters and names; only its `forward` becomes ours, on that one instance. Which modules have the
+usual form (attention with q, k, v and output projections, a gated MLP, an RMS norm) is guessed from their attributes
+and then measured: the library's own forward runs once on a few tokens, and ours must give the same from the same
+inputs, or the module is left as it was. Low-rank updates need no guess: PEFT's layers say what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunery.kernels import KernelsConfig, rotary
+from tunery.kernels.lora import Projection, lora_linear
+from tunery.kernels.rms_norm import rms_norm
+from tunery.kernels.swiglu import geglu_tanh, swiglu
+from tunery.models.attention import HOOKS, recorded_attention
+from tunery.models.parts import unwrap
+
+# Largest root mean square of a difference, relative to the outputs' own, that another order of rounding may cause
+# (in float64 as well: the library's norms round to float32 whatever the model's dtype).
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+PROBE_LENGTHS = (7, 17)
+GATES = {"SiLU": swiglu, "SiLUActivation": swiglu, "GELUTanh": geglu_tanh, "PytorchGELUTanh": geglu_tanh}
+
+
+@dataclass
+class Fused:
+    """How many modules take a fast path, by kind, and which classes were left alone because theirs gave another
+    result."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+
+    def add(self, kind: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+
+
+def fuse(model: nn.Module, kernels: KernelsConfig, dtype: torch.dtype) -> Fused:
+    """Put what `kernels` allows into `model` (transformers, or PEFT around one), which computes in `dtype`."""
+    fused = Fused()
+    if kernels.lora == "auto":
+        for module in model.modules():
+            if _plain_update(module) is not None:
+                _replace(module, _lora_forward)
+                fused.add("lora")
+    candidates = {m: plan for m in unwrap(model).modules() if (plan := _plans(m, kernels))}
+    if not candidates:
+        return fused
+    # Without the updates: a resumed run, whose updates are no longer zero, must decide as it did when it began.
+    disabled = getattr(model, "disable_adapter", nullcontext)
+    with disabled():
+        calls = _library_calls(model, list(candidates), dtype)
+        found = {m: _first_exact(m, plans, calls.get(m), dtype) for m, plans in candidates.items()}
+    for module, (kind, forward) in found.items():
+        if forward is not None:
+            _replace(module, forward)
+            fused.add(kind)
+        elif module in calls and (kind != "attention" or calls[module].attention):
+            fused.refused.add(type(module).__name__)
+    return fused
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = MethodType(forward, module)  # a bound method, so that a deep copy of the model is one
+
+
+Plan = tuple[str, Callable[["Call"], Callable[..., Any]]]
+
+
+def _plans(module: nn.Module, kernels: KernelsConfig) -> list[Plan]:
+    """(kind, from a recorded call to a forward) for what a module looks like; the first that is exact is taken."""
+    has = lambda *names: all(isinstance(getattr(module, name, None), nn.Module) for name in names)  # noqa: E731
+    if has("q_proj", "k_proj", "v_proj", "o_proj") and hasattr(module, "head_dim"):
+        wanted = kernels.lora == "auto" or kernels.rotary == "auto"
+        return [("attention", lambda call: _attention_forward(call, kernels))] if wanted else []
+    if has("gate_proj", "up_proj", "down_proj", "act_fn"):
+        gate = GATES.get(type(module.act_fn).__name__)
+        grouped = kernels.lora == "auto"
+        return [("mlp", lambda call: _mlp_forward(gate, grouped))] if gate is not None and kernels.mlp == "auto" else []
+    if kernels.norm == "auto" and _is_rms_norm(module):
+        return [
+            ("norm", lambda call, o=offset, c=cast_first: _norm_forward(o, c))
+            for offset, cast_first in ((0.0, True), (0.0, False), (1.0, False))
+        ]
+    return []
+
+
+# ---------------------------------------------------------------- what the library does, and whether ours is the same
+
+
+@dataclass
+class Call:
+    """One call of a module by the library. `attention`: the constants it handed to the attention hook."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    attention: dict[str, Any] = field(default_factory=dict)
+
+
+def _library_calls(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.dtype) -> dict[nn.Module, Call]:
+    """The modules' calls while the library's code runs over two short sequences in one stream. A module that is not
+    called (an expert that no token chose) has none."""
+    causal: Any = unwrap(model)
+    calls: dict[nn.Module, Call] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[module] = Call(args, kwargs, output)
+
+    device = next(model.parameters()).device
+    total = sum(PROBE_LENGTHS)
+    ids = (torch.arange(total, device=device) * 7919 + 3) % causal.config.get_text_config().vocab_size
+    positions = torch.cat([torch.arange(n, device=device) for n in PROBE_LENGTHS])
+    bounds = torch.tensor([0, PROBE_LENGTHS[0], total], dtype=torch.int32, device=device)
+    was_training = model.training
+    model.eval()
+    low = dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.autocast(device.type, dtype=dtype) if low else nullcontext()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        constants = stack.enter_context(recorded_attention(causal))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(autocast)
+        causal.get_decoder()(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds, max_length_q=max(PROBE_LENGTHS), max_length_k=max(PROBE_LENGTHS),
+        )  # fmt: skip
+    model.train(was_training)
+    for module, handed in constants.items():
+        if module in calls:
+            calls[module].attention = handed
+    return calls
+
+
+def _first_exact(
+    module: nn.Module, plans: list[Plan], call: Call | None, dtype: torch.dtype
+) -> tuple[str, Callable[..., Any] | None]:
+    """The first planned forward that gives the library's output from the library's inputs."""
+    if call is None or (plans[0][0] == "attention" and not call.attention):
+        return plans[0][0], None
+    device = _first(call.output).device
+    low = dtype in (torch.bfloat16, torch.float16)
+    for kind, make in plans:
+        forward = make(call)
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype) if low else nullcontext():
+            try:
+                ours = forward(module, *call.args, **call.kwargs)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+        if _same(_first(ours), _first(call.output), dtype):
+            return kind, forward
+    return plans[0][0], None
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    if theirs.device.type == "meta":
+        return True
+    error = (ours.double() - theirs.double()).square().mean().sqrt()
+    return bool(error <= TOLERANCE[dtype] * theirs.double().square().mean().sqrt())
+
+
+# ---------------------------------------------------------------- low-rank updates
+
+
+def _plain_update(module: nn.Module) -> str | None:
+    """The name of a PEFT layer's update, where it is a frozen linear layer with one plain update; None otherwise."""
+    base = getattr(module, "base_layer", None)
+    if type(base) is not nn.Linear or not hasattr(module, "lora_A"):
+        return None
+    layer: Any = module
+    if layer.lora_variant or len(layer.active_adapters) != 1:
+        return None
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A or base.weight.requires_grad or layer.lora_B[name].bias is not None:
+        return None
+    return name
+
+
+def _projection(module: nn.Module) -> Projection | None:
+    """A PEFT layer as one of a group, or None where just now it does anything but add its one plain update."""
+    name = _plain_update(module)
+    layer: Any = module
+    if name is None or layer.disable_adapters or layer.merged:
+        return None
+    if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0.0:
+        return None
+    base = layer.base_layer
+    return Projection(base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+
+
+def _project(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Each module's output for x; in one function where all have low-rank updates."""
+    projections = [_projection(module) for module in modules]
+    if any(p is None for p in projections):
+        return tuple(module(x) for module in modules)
+    return lora_linear(x, projections)  # type: ignore[arg-type]
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    projection = None if args or kwargs else _projection(self)
+    if projection is None:
+        return type(self).forward(self, x, *args, **kwargs)
+    return lora_linear(x, [projection])[0]
+
+
+# ---------------------------------------------------------------- modules of the usual form
+
+
+def _attention_forward(call: Call, kernels: KernelsConfig) -> Callable[..., Any]:
+    """Projections in groups, norms of queries and keys where the module has them, rotary embedding, our hook."""
+    constants = call.attention
+    grouped = kernels.lora == "auto"
+    rotate = rotary.rotary if kernels.rotary == "auto" else _rotate_apart
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        hook = HOOKS.get(self.config._attn_implementation)
+        if hook is None or past_key_values is not None or attention_mask is not None or position_embeddings is None:
+            kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            return type(self).forward(self, hidden_states, past_key_values=past_key_values, **kwargs)
+        shape = hidden_states.shape[:-1]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        outputs = _project(hidden_states, projections) if grouped else tuple(p(hidden_states) for p in projections)
+        q, k, v = (x.view(*shape, -1, self.head_dim) for x in outputs)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k = rotate(q, k, *position_embeddings)
+        dropout = getattr(self, "attention_dropout", 0.0) if self.training else 0.0
+        out, _ = hook(self, q, k, v, None, **{**constants, **kwargs, "dropout": dropout})
+        return self.o_proj(out.reshape(*shape, -1)), None
+
+    return forward
+
+
+def _rotate_apart(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rotary.reference(q, cos, sin), rotary.reference(k, cos, sin)
+
+
+def _mlp_forward(gate: Callable[[Tensor, Tensor], Tensor], grouped: bool) -> Callable[..., Any]:
+    """down(act(gate(x)) * up(x)), gate and up as one group."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if grouped:
+            return self.down_proj(gate(*_project(x, (self.gate_proj, self.up_proj))))
+        return self.down_proj(gate(self.gate_proj(x), self.up_proj(x)))
+
+    return forward
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    only_weight = [name for name, _ in module.named_parameters()] == ["weight"]
+    return type(module).__name__.endswith("RMSNorm") and only_weight and _epsilon(module) is not None
+
+
+def _epsilon(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+
+
+def _norm_forward(offset: float, cast_first: bool) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        epsilon = _epsilon(self)
+        assert epsilon is not None
+        return rms_norm(hidden_states, self.weight, epsilon, offset, cast_first)
+
+    return forward

@@ -1,0 +1,181 @@
+"""Fast paths put into a model. Oracle: the same model with the library's and PEFT's own forwards."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_models import random_sequences, tiny_model
+from tunery.data.collate import collate
+from tunery.kernels import KernelsConfig, one_word
+from tunery.models.fuse import fuse
+from tunery.policy import CausalPolicy
+
+REFERENCE = KernelsConfig(**one_word("reference"))
+GATED = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "granite"]
+FLOAT32 = {"mixtral", "qwen2_moe"}
+
+
+def lora(model: Any, **options: Any) -> Any:
+    """With updates that are not zero, as they are after a step."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", **options))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def outcome(model: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    policy = CausalPolicy(model, dtype=dtype)
+    loss = policy.nll(collate(random_sequences()))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [loss, *torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("family", [*GATED, "phi3", "gpt2", "cohere", "mixtral", "qwen2_moe"])
+def test_loss_and_gradients_equal_the_library(family, adapter):
+    dtype = torch.float32 if family in FLOAT32 else torch.float64
+    results = []
+    # the library's norms are in float32, whatever the model's dtype; they have a test of their own
+    for kernels in (KernelsConfig(norm="reference"), REFERENCE):
+        model = tiny_model(family, dtype)
+        model = lora(model) if adapter == "lora" else model
+        fuse(model.train(), kernels, dtype)
+        results.append(outcome(model, dtype))
+    rtol, atol = (1e-3, 1e-5) if dtype == torch.float32 else (1e-9, 1e-11)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_with_norms_the_loss_is_the_library_s_to_rounding(family):
+    results = []
+    for kernels in (KernelsConfig(), REFERENCE):
+        model = lora(tiny_model(family, torch.float32))
+        fuse(model, kernels, torch.float32)
+        results.append(outcome(model, torch.float32))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_the_usual_form_is_found(family):
+    model = lora(tiny_model(family, torch.float32))
+    fused = fuse(model, KernelsConfig(), torch.float32)
+    assert fused.counts["attention"] == fused.counts["mlp"] == 2 and fused.counts["lora"] == 14
+    assert fused.counts["norm"] >= 5 and not fused.refused
+
+
+def test_the_first_of_two_low_rank_paths_is_the_group():
+    """One call of the function for q, k and v, one for gate and up."""
+    model = lora(tiny_model("llama", torch.float32))
+    fuse(model, KernelsConfig(), torch.float32)
+    policy = CausalPolicy(model)
+    names: list[str] = []
+    loss = policy.nll(collate(random_sequences()))
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names.append(node.name())
+        stack += [following for following, _ in node.next_functions]
+    assert sum("LoraLinear" in name for name in names) == 2 * 4
+
+
+def test_reference_leaves_every_module_as_it_was():
+    model = lora(tiny_model("qwen2", torch.float32))
+    fused = fuse(model, REFERENCE, torch.float32)
+    assert not fused.counts and not any("forward" in vars(module) for module in model.modules())
+
+
+def test_each_switch_switches_its_own():
+    for name, kind in {"norm": "norm", "mlp": "mlp", "lora": "lora"}.items():
+        model = lora(tiny_model("qwen2", torch.float32))
+        counts = fuse(model, KernelsConfig(**{name: "reference"}), torch.float32).counts
+        assert kind not in counts and counts["attention"] == 2
+
+
+def test_a_module_that_does_something_else_is_left_alone():
+    model = tiny_model("llama", torch.float32)
+    layer = model.model.layers[0]
+    layer.mlp.act_fn = type("SiLU", (torch.nn.Module,), {"forward": lambda self, x: torch.relu(x)})()
+    fused = fuse(model, KernelsConfig(), torch.float32)
+    assert "forward" not in vars(layer.mlp) and fused.counts["mlp"] == 1 and fused.refused == {"LlamaMLP"}
+
+
+def test_a_switched_off_adapter_is_off():
+    model = lora(tiny_model("llama"))
+    ids = torch.arange(3, 20)[None]
+    fuse(model, KernelsConfig(norm="reference"), torch.float64)
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+    torch.testing.assert_close(base, tiny_model("llama", hook=False)(input_ids=ids).logits, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(base, trained)
+
+
+def test_dropout_on_the_update_is_left_to_peft():
+    """Oracle: the same seed gives the same masks as in PEFT's own forward."""
+    results = []
+    for kernels in (KernelsConfig(norm="reference"), REFERENCE):
+        model = lora(tiny_model("llama"), lora_dropout=0.5).train()
+        fuse(model, kernels, torch.float64)
+        torch.manual_seed(5)
+        results.append(outcome(model, torch.float64)[0])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_generation_with_a_cache_is_the_library_s(family):
+    from tunery.models.attention import library_attention
+
+    ids = torch.arange(3, 12)[None]
+    texts = []
+    for kernels in (KernelsConfig(), REFERENCE):
+        model = tiny_model(family, torch.float32).eval()
+        fuse(model, kernels, torch.float32)
+        with library_attention(model):
+            texts.append(model.generate(ids, max_new_tokens=8, do_sample=False))
+    assert torch.equal(*texts)
+
+
+def test_a_deep_copy_is_a_model_of_its_own():
+    model = tiny_model("llama", torch.float64)
+    fuse(model, KernelsConfig(), torch.float64)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    ids = torch.arange(3, 20)[None]
+    first, second = model(input_ids=ids).logits, other(input_ids=ids).logits
+    assert not torch.allclose(first, second)
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_library():
+    exact = outcome(lora(tiny_model("qwen2", torch.float32)), torch.float32)[0].item()
+    errors = []
+    for kernels in (KernelsConfig(), REFERENCE):
+        model = lora(tiny_model("qwen2", torch.bfloat16))
+        fuse(model, kernels, torch.bfloat16)
+        errors.append(abs(outcome(model, torch.bfloat16)[0].item() - exact) / exact)
+    assert errors[0] <= max(1.5 * errors[1], 2e-3)
+
+
+def test_what_is_fused_does_not_depend_on_the_updates():
+    """A run must go on as it began, when all updates were zero."""
+    fresh = lora(tiny_model("qwen2"))
+    for name, parameter in fresh.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.zeros_(parameter)
+    trained = lora(tiny_model("qwen2"))
+    assert fuse(fresh, KernelsConfig(), torch.float64) == fuse(trained, KernelsConfig(), torch.float64)
