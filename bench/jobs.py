@@ -201,12 +201,12 @@ def _save_model(job: Job, assets: Path, folder: Path) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     for name, dtype in ((MODEL_FP32, torch.float32), (MODEL, torch.bfloat16)):
         model.to(dtype).save_pretrained(str(folder / name))
-        tokenizer.save_pretrained(folder / name)
+        tokenizer.save_pretrained(str(folder / name))
     if not job.full:
         config = LoraConfig(
             r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        get_peft_model(model, config).save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+        get_peft_model(model, config).save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
 
 
 def _cost(job: Job, folder: Path) -> tuple[Any, int]:
