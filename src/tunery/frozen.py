@@ -13,6 +13,7 @@ from tunery.data.store import TokenStore
 from tunery.errors import ConfigError
 from tunery.flops import cost_of, flops_per_token
 from tunery.models.boundary import FILE, Boundary, Probed
+from tunery.progress import human
 from tunery.setup import Run
 
 PAYS = 0.05  # of the run's arithmetic, that has to be saved for a file to be worth it
@@ -42,7 +43,7 @@ def keep_frozen_states(run: Run) -> None:
     _take_up(run, boundary)
     run.policy.notes.append(
         f"the {len(boundary.below)} frozen layers run in the first epoch; later ones begin with what they gave "
-        f"({_size(run, probed) / 1e6:,.0f} MB in {FILE}, {skipped_flops(run):.0%} of the run's arithmetic)"
+        f"({human(_size(run, probed))}B in {FILE}), which saves {skipped_flops(run):.0%} of the run's arithmetic"
     )
 
 
@@ -100,14 +101,14 @@ def _room(run: Run, probed: Probed, demanding: bool) -> str | None:
     taken = file.stat().st_blocks * 512 if file.is_file() else 0
     free = shutil.disk_usage(run.output).free + taken
     if size > DISK * free:
-        return f"what they give takes {size / 1e9:,.1f} GB, and {run.output} has {free / 1e9:,.1f} GB free"
+        return f"what they give takes {human(size)}B, and {run.output} has {human(free)}B free"
     if not demanding:
         return None
     share, memory = skipped_flops(run), _free_memory()
     if share < PAYS:
-        return f"that is {share:.1%} of the run's arithmetic"
+        return f"running them once would save no more than {share:.1%} of the run's arithmetic"
     if memory is not None and size > MEMORY * memory:
-        return f"what they give takes {size / 1e9:,.1f} GB, and {memory / 1e9:,.1f} GB of memory are free to hold it"
+        return f"what they give takes {human(size)}B, and {human(memory)}B of memory are free to hold it"
     return None
 
 
