@@ -21,7 +21,7 @@ LAYERS = [
     ["data", "models"],
     ["objectives", "adapters", "optimizers", "policy"],
     ["job"],
-    ["history", "diagnose", "checkpoint", "engine", "guard", "plots", "results", "run_report", "trackers", "report"],
+    ["history", "diagnose", "checkpoint", "engine", "guard", "fallback", "plots", "results", "run_report", "trackers", "report"],
     ["evaluate.text", "evaluate.loss"],
     ["generate", "export"],
     ["run_folder"],

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny_runs import losses, tiny_job
-from tunery import loop
+from tunery import loop, step
 from tunery.engine import Engine
 from tunery.errors import NonFiniteError
 from tunery.guard import Gate
@@ -72,8 +72,8 @@ def watch(monkeypatch, refuse: Any) -> list[str]:
     """Run what a step does on the device under `refuse`; returns what was run."""
     seen = []
 
-    def watched(name: str) -> Any:
-        plain = getattr(loop, name)
+    def watched(module: Any, name: str) -> Any:
+        plain = getattr(module, name)
 
         def call(*args: Any) -> Any:
             seen.append(name)
@@ -82,8 +82,8 @@ def watch(monkeypatch, refuse: Any) -> list[str]:
 
         return call
 
-    for name in ("forward_backward", "update"):
-        monkeypatch.setattr(loop, name, watched(name))
+    for module, name in ((step, "forward_backward"), (loop, "update")):
+        monkeypatch.setattr(module, name, watched(module, name))
     return seen
 
 
@@ -194,10 +194,10 @@ def test_a_failure_read_late_is_found_in_its_own_step(tmp_path, monkeypatch):
         calls.append(batch)
         return type(loss)(loss.sum * math.nan, loss.metrics) if set(batch.rows) & bad else loss
 
-    def note(run: Any, gate: Any, step: int, work: Any, *rest: Any) -> Any:
-        if step == 2:
+    def note(run: Any, gate: Any, number: int, work: Any, *rest: Any) -> Any:
+        if number == 2:
             weights.update({n: p.detach().clone() for n, p in run.model.named_parameters()})
-        return update(run, gate, step, work, *rest)
+        return update(run, gate, number, work, *rest)
 
     from tunery.data.loader import epoch_order
 
@@ -228,9 +228,9 @@ def late_engine(monkeypatch) -> None:
 def recorded_order(monkeypatch) -> list[str]:
     order, update, settle = [], loop.update, loop.settle
 
-    def do(run: Any, gate: Any, step: int, *rest: Any) -> Any:
-        order.append(f"do {step}")
-        return update(run, gate, step, *rest)
+    def do(run: Any, gate: Any, number: int, *rest: Any) -> Any:
+        order.append(f"do {number}")
+        return update(run, gate, number, *rest)
 
     def read(run: Any, report: Any, taken: Any) -> None:
         order.append(f"read {taken.step}")

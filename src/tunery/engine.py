@@ -96,6 +96,13 @@ class Engine:
             dist.all_reduce(total, group=self._hosts)
         return total.tolist()
 
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' numbers, by way of the hosts as well."""
+        found = torch.tensor(value)
+        if self.world > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._hosts)
+        return int(found)
+
     def sum_on_device(self, values: Tensor) -> None:
         """Sum a small tensor of the device's over ranks, in place."""
         if self.world > 1:

@@ -32,6 +32,10 @@ class NonFiniteError(TuneryError):
     """A loss or gradient was not finite; nothing was updated."""
 
 
+class OutOfMemoryError(TuneryError):
+    """Memory ran out, and what could be done about it without changing the result has been done."""
+
+
 class MissingExtraError(TuneryError):
     """An optional library is not installed; names the extra that brings it."""
 

@@ -31,6 +31,17 @@ class Gate:
         self.shut = torch.zeros((), device=device)
         self.on_device = getattr(optimizer, "_step_supports_amp_scaling", False)  # as GradScaler asks
 
+    def make_moments(self, parameters: Sequence[Tensor]) -> None:
+        """Have the optimizer make what it keeps of each parameter, as its first update would, and move nothing. One
+        without `found_inf` makes it when it comes to that."""
+        if not self.on_device or self.optimizer.state:
+            return
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.found_inf = torch.ones_like(self.shut)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step(self, bad: Tensor) -> None:
         """Update the weights, unless `bad` (a scalar, 0 for a good step) is or was not 0."""
         self.shut = torch.maximum(self.shut, (bad != 0).to(self.shut.dtype))

@@ -23,6 +23,7 @@ from tunery.errors import ModelError, TuneryError
 from tunery.evaluate.loss import evaluate
 from tunery.evaluate.showcase import Showcase
 from tunery.export.verify import compare, probe_logits, probes
+from tunery.fallback import REHEARSED, explained, rehearse
 from tunery.files import make_readable
 from tunery.flops import cost_of, flops_per_token, peak_flops
 from tunery.frozen import begin_step, drop_frozen_states, keep_frozen_states, skipped_flops
@@ -55,7 +56,7 @@ from tunery.setup import (
     save_tokenizer,
     set_up,
 )
-from tunery.step import Taken, forward_backward, settle, total_weight, update
+from tunery.step import Taken, gradients, settle, total_weight, update
 
 
 class Interrupted(TuneryError):
@@ -74,6 +75,7 @@ class Result:
     already_finished: bool = False
 
 
+@explained()
 def run_job(job: Job, console: Any = None) -> Result:
     """Train, evaluate and report, on this rank. Raises TuneryError; Interrupted after Ctrl-C."""
     output = Path(job.output)
@@ -113,22 +115,23 @@ def train(run: Run, report: Report | NullReport) -> Result:
     eval_every = interval(job.eval.every, total, default=run.loader.steps_per_epoch or total)
     save_every = save_interval(job, run.loader, total)
     best: dict[str, Any] = run.state.get("best") or {"step": None, "loss": math.inf, "since": 0}
+    gate = Gate(run.optimizer, engine.device)
+    if engine.device.type in REHEARSED:
+        rehearse(run, report, gate)
     showcase = Showcase(run, report)
     showcase.before()
     if run.start == 0:
         _evaluate(run, report, 0)
     model.train()
     with _interruptible() as interrupt, Prefetcher(run.loader, total, engine.device) as ahead:
-        step, gate, under_way = run.start, Gate(run.optimizer, engine.device), deque[Taken]()
+        step, under_way = run.start, deque[Taken]()
         while step < total:
             for group, peak in zip(run.optimizer.param_groups, run.peak_lrs, strict=True):
                 group["lr"] = peak * factor(job.schedule, step, total)
-            engine.seed(job.train.seed, step)
             begin_step(run, step)
-            work = ahead.step(step)
+            work = ahead.step(step).recut(run.cut)
             weight, stop = total_weight(run, work, bool(interrupt))
-            micro = [batch.to(engine.device) for batch in work.micro]
-            loss, metrics = forward_backward(run, micro, weight)
+            loss, metrics = gradients(run, report, step, work, weight)
             under_way.append(update(run, gate, step, work, weight, loss, metrics))
             step += 1
             evaluating = run.data.eval is not None and (step % eval_every == 0 or step == total)
@@ -173,7 +176,7 @@ def _save(run: Run, report: Report | NullReport, step: int, best: dict[str, Any]
     if run.engine.is_main:
         state = {
             "step": step, "total_steps": run.total_steps, "best": best, "versions": run.versions,
-            "frozen_states": run.policy.boundary is not None,
+            "frozen_states": run.policy.boundary is not None, "fallen_to": run.state.get("fallen_to"),
         }  # fmt: skip
         keep_best = best["step"] if run.job.eval.best else None
         checkpoint.save(

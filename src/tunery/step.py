@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from tunery.data.loader import Step
 from tunery.data.store import TokenStore
 from tunery.engine import Numbers
 from tunery.errors import NonFiniteError
+from tunery.fallback import attempt, fall
 from tunery.report import NullReport, Report
 from tunery.setup import Run
 from tunery.types import Batch
 
 Metrics = dict[str, tuple[Any, Any]]
+Gradients = tuple[Tensor, Metrics]  # in the parameters, and these numbers beside them
 
 
 @dataclass
@@ -45,12 +48,26 @@ def total_weight(run: Run, work: Step, interrupted: bool) -> tuple[float, bool]:
     return weight, stop > 0
 
 
-def forward_backward(run: Run, micro: Sequence[Batch], weight: float) -> tuple[Tensor, Metrics]:
+def gradients(run: Run, report: Report | NullReport, step: int, work: Step, weight: float) -> Gradients:
+    """The step's gradients, on ever lower rungs where memory runs out. The ranks agree on that before any gradient is
+    summed, since one that fails would leave the others waiting."""
+    while True:
+        run.engine.seed(run.job.train.seed, step)
+        made = attempt(partial(forward_backward, run, work.micro, weight))
+        ran_out = run.engine.largest(0 if made is not None else work.largest)
+        if made is not None and not ran_out:
+            return made
+        run.optimizer.zero_grad(set_to_none=True)
+        fall(run, report, ran_out, run.loader.longest or work.longest, f"in step {step + 1}")
+        work = work.recut(run.cut)
+
+
+def forward_backward(run: Run, micro: Sequence[Batch], weight: float) -> Gradients:
     """Gradients of (sum of the losses) / weight, whatever the cut; a step with nothing labelled gives zero. Returns the
     sum of the losses, and metrics, on the device."""
     total, sums = torch.zeros((), device=run.engine.device), Metrics()
     for batch in micro:
-        loss = run.objective.loss(run.policy, batch)
+        loss = run.objective.loss(run.policy, batch.to(run.engine.device))
         (loss.sum / max(weight, 1e-30)).backward()
         total = total + loss.sum.detach()
         for name, (value, share) in loss.metrics.items():
@@ -93,9 +110,10 @@ def _fail(run: Run, taken: Taken) -> None:
     """Say what was not finite and keep what replays it."""
     run.optimizer.zero_grad(set_to_none=True)
     step, seed, engine = taken.step, run.job.train.seed, run.engine
-    micro = [batch.to(engine.device) for batch in taken.work.micro]
+    streams = taken.work.recut(run.cut).micro
+    micro = [batch.to(engine.device) for batch in streams]
     findings = guard.investigate(run.model, run.objective, run.policy, micro, lambda: engine.seed(seed, step))
-    everyone = engine.gather((findings, [guard.as_dict(batch) for batch in taken.work.micro]))
+    everyone = engine.gather((findings, [guard.as_dict(batch) for batch in streams]))
     findings = [finding for found, _ in everyone for finding in found]
     origins = {row: origin(run, row) for finding in findings for row in finding.rows}
     folder = run.output / f"failure-step-{step + 1}"

@@ -63,6 +63,11 @@ class Step:
         return sum(len(tokens) for sequences in self.examples for tokens in sequences)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest example, which no cut takes apart."""
+        return max(sum(len(tokens) for tokens in sequences) for sequences in self.examples)
+
+    @property
     def largest(self) -> int:
         """Tokens of this rank's largest stream; 0 without any."""
         return max((batch.n_tokens for batch in self.micro), default=0)
@@ -109,7 +114,7 @@ class Loader:
 
     def __init__(self, store: Store, *, batch_size: int, seed: int, shuffle: bool, how: Cut):
         self.store, self.batch_size, self.seed, self.shuffle, self.how = store, batch_size, seed, shuffle, how
-        self.longest: int = int(store.lengths.max())  # tokens of an example, which no cut takes apart
+        self.longest: int = int(store.lengths.max())  # example, in tokens
         self.steps_per_epoch = math.ceil(len(store) / batch_size)
         self._order: tuple[int, np.ndarray] | None = None
 
