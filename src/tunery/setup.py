@@ -20,6 +20,7 @@ from tunery.data.template import ChatTemplate, load_template
 from tunery.diagnose import DataCounts
 from tunery.engine import Engine, check_dtype
 from tunery.errors import ConfigError, ModelError
+from tunery.fallback import resumed
 from tunery.job import Job
 from tunery.models.fuse import fuse
 from tunery.models.load import (
@@ -311,6 +312,7 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     """Build the run on data already read. Raises TuneryError."""
     adapter = build("adapters", job.adapter)
     state = checkpoint.load_state(resume) if resume else {}
+    job = resumed(job, state)
     model, base_dtype = load_start(job, adapter, resume, engine)
     engine.same_weights(p for p in model.parameters() if p.requires_grad)
     if job.train.checkpointing != "none":
