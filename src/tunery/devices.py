@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ class Rates:
 class Device:
     """`kind` is "cuda" or "cpu"; `memory` what a process may use, in bytes; `overhead` what is gone before the first
     tensor; `slack` the share of the changing memory that an allocator loses between its blocks; `bfloat16` whether the
-    hardware has it."""
+    hardware has it; `table` its rates, None where they are to be measured."""
 
     name: str
     kind: str
@@ -54,7 +55,12 @@ class Device:
     overhead: int
     slack: float
     bfloat16: bool
-    rates: Rates
+    table: Rates | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """From the data sheet, or measured here."""
+        return self.table or measured_rates(self.kind, self.name)
 
 
 # name: (product, as flops.DENSE_BF16 knows it; usable memory in GiB; bandwidth in GB/s; float32 TFLOP/s outside the
@@ -105,17 +111,17 @@ def known_device(name: str) -> Device:
 
 
 def this_device(kind: str | None = None) -> Device:
-    """The device a run would take here: CUDA where there is one. Rates are measured once (about a second) and kept."""
+    """The device a run would take here: CUDA where there is one."""
     kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         free, total = torch.cuda.mem_get_info()
         name, bfloat16 = torch.cuda.get_device_name(), fast_bfloat16(torch.device(kind))
         ours = total - free < CUDA_OVERHEAD  # nobody else is on it
         memory = total if ours else free
-        return Device(name, kind, memory, CUDA_OVERHEAD, SLACK, bfloat16, measured_rates("cuda", name))
+        return Device(name, kind, memory, CUDA_OVERHEAD, SLACK, bfloat16)
     name = f"{_processor()}, {torch.get_num_threads()} threads"
     bfloat16 = fast_bfloat16(torch.device("cpu"))
-    return Device(name, kind, _host_memory(), CPU_OVERHEAD, SLACK, bfloat16, measured_rates("cpu", name))
+    return Device(name, kind, _host_memory(), CPU_OVERHEAD, SLACK, bfloat16)
 
 
 def _processor() -> str:
@@ -145,8 +151,10 @@ def _host_memory() -> int:
 # ------------------------------------------------------------ a second of measuring
 
 
+@cache
 def measured_rates(kind: str, name: str) -> Rates:
-    """Of this machine's device, kept in the cache folder by device and torch version."""
+    """Of this machine's device: measured once, in about a second, and kept in the cache folder by device and torch
+    version."""
     key = re.sub(r"[^\w.+-]+", "_", f"{name}-torch{torch.__version__}")
     path = cache_folder() / "rates" / f"{key}.json"
     try:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -70,7 +71,10 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            out = _grouped_mm(*args[:2], *args[2:3], **kwargs)
+        else:
+            out = func(*args, **kwargs)
         if func.namespace == "prim":
             return out
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -83,6 +87,8 @@ class Ledger(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         formula = flop_registry.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+        if func is torch.ops.aten._grouped_mm.default:
+            flops = 2 * args[0].numel() * args[1].shape[-1]
         moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         low = any(t.dtype in LOW for t in inputs)
         self.spans[-1].work[low, flops, moved] += 1
@@ -104,6 +110,15 @@ class Ledger(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self.live -= size
         self.spans[-1].freed[self._made_in.pop(key)] += size
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tensor:
+    """The shape of a product of groups, for dtypes that torch has a kernel for and no shape of. Rows in groups against
+    a matrix each, [M, K] by [G, K, N]; or columns in groups, [M, K] by [K, N], which gives one matrix a group."""
+    if a.ndim == b.ndim == 2:
+        assert offs is not None
+        return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
 # ------------------------------------------------------------ one of each kind of layer, strung together
@@ -154,6 +169,13 @@ class Profile:
         live += head.end - head.start + at_once
         peaks.append(self._backward(live, before))
         return peaks
+
+    @property
+    def kept(self) -> int:
+        """Bytes alive when the backward comes to the last layer, gradients of earlier micro-batches apart."""
+        spans = [self.spans[name] for name in ("embed", *(("forward", kind) for kind in self.layers), "head")]
+        at_once, everywhere = self._freed_of_layers(spans[-1])
+        return sum(span.end - span.start for span in spans) + at_once - everywhere
 
     def _backward(self, live: int, made: int) -> Peak:
         """`live` bytes besides the gradients `made` so far."""

@@ -4,7 +4,7 @@ data, and only then the model."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from tunery.data.dataset import Prepared, prepare
 from tunery.data.loader import Cut, Loader, StreamLoader
 from tunery.data.store import TokenStore
 from tunery.data.template import ChatTemplate, load_template
+from tunery.devices import this_device
 from tunery.diagnose import DataCounts
 from tunery.engine import Engine, check_dtype
 from tunery.errors import ConfigError, ModelError
 from tunery.fallback import resumed
-from tunery.job import Job
+from tunery.job import Job, load_job
 from tunery.models.fuse import fuse
 from tunery.models.load import (
     ModelConfig,
@@ -32,8 +33,10 @@ from tunery.models.load import (
     resolve_name,
 )
 from tunery.models.recompute import recompute
+from tunery.plan.choose import choose
+from tunery.plan.work import AssumedRows
 from tunery.policy import CausalPolicy
-from tunery.run_folder import versions
+from tunery.run_folder import CONFIG, find_resume, versions
 from tunery.trackers import require
 from tunery.types import Objective
 
@@ -89,20 +92,42 @@ def save_tokenizer(run: Run, folder: Path) -> None:
     run.tokenizer.chat_template = own
 
 
-def resolve(job: Job, engine: Engine) -> Job:
-    """The job with everything left to us decided, so that the saved configuration reproduces the run elsewhere."""
+def resolve(job: Job, engine: Engine, read: Read | None = None) -> Job:
+    """The job with everything left to us decided, so that the saved configuration reproduces the run elsewhere.
+    `read`: its data, for the micro-batches that fit memory."""
     optimizer, model = job.optimizer, job.model
     adapter = build("adapters", job.adapter)
     if getattr(optimizer, "lr", 0.0) is None:
         optimizer = optimizer.model_copy(update={"lr": adapter.default_lr})
     model = model.model_copy(update={"dtype": str(engine.dtype).removeprefix("torch.")})
-    train = job.train
-    if train.micro_tokens is None:
-        tokens = 16384 if engine.device.type == "cuda" else 2048
-        train = train.model_copy(update={"micro_tokens": max(tokens, job.data.max_length)})
-    if train.checkpointing == "auto":
-        train = train.model_copy(update={"checkpointing": "none"})
-    return job.model_copy(update={"optimizer": optimizer, "model": model, "train": train})
+    job = job.model_copy(update={"optimizer": optimizer, "model": model})
+    tokens, rung = _saved_cut(job) or _chosen_cut(job, engine, read)
+    train = job.train.model_copy(update={"micro_tokens": tokens, "checkpointing": rung})
+    return job.model_copy(update={"train": train})
+
+
+def _saved_cut(job: Job) -> tuple[int, str] | None:
+    """train.micro_tokens and train.checkpointing of the run that is gone on with, where the job leaves them open: the
+    same streams round the same, wherever and beside whatever the run goes on."""
+    checkpoint_folder = find_resume(job, Path(job.output))
+    saved = checkpoint_folder.parent / CONFIG if checkpoint_folder is not None else None
+    if saved is None or not saved.is_file():
+        return None
+    train, then = job.train, load_job(saved).train
+    rung = then.checkpointing if train.checkpointing == "auto" else train.checkpointing
+    tokens = train.micro_tokens or then.micro_tokens
+    return None if tokens is None or rung == "auto" else (tokens, rung)
+
+
+def _chosen_cut(job: Job, engine: Engine, read: Read | None) -> tuple[int, str]:
+    """The same by plan, for the rank with the least memory."""
+    data = read.data.train if read is not None else None
+    rows = data if isinstance(data, TokenStore) else AssumedRows(job.train.batch_size, job.data.max_length)
+    device = this_device(engine.device.type)
+    memory = min(engine.gather(device.memory))
+    if device.kind == "cpu":
+        memory //= engine.world
+    return engine.gather(choose(job, rows, replace(device, memory=memory), engine.world))[0]
 
 
 # ---------------------------------------------------------------- how often

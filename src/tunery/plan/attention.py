@@ -71,9 +71,11 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: int, fused: bool, note_work: Callable[..., None]
     ) -> Tensor:
         _, heads, tokens, dim = query.shape
-        out = query.new_empty(1, tokens, heads, dim)
+        # Torch's own operation, by which recomputing in part (models/recompute.py) knows what is worth keeping.
+        scaled = query.new_empty(1, tokens, heads, dim).transpose(1, 2)
+        out, row_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(scaled, key, value, 0.0, True)
+        out = out.transpose(1, 2)
         if fused:
-            row_sums = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
             ctx.save_for_backward(query, key, value, out, row_sums)
         else:
             ctx.save_for_backward(query, key, value)

@@ -92,10 +92,12 @@ class Shadow:
         names = getattr(text, "layer_types", None) or [None] * len(layers)
         below = any(p.requires_grad for p in unwrap(self.model).get_input_embeddings().parameters())
         seen: dict[Any, int] = {}
-        kinds = []
+        kinds: list[int] = []
+        before: Any = None
         for number, (layer, name) in enumerate(zip(layers, names, strict=True)):
             shapes = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in layer.named_parameters())
             key = (type(layer), name, shapes, below)
+            key, before = (key, key == before), key  # after its like, a layer frees what that one left for it
             trained = [p for p in layer.parameters() if p.requires_grad]
             if key not in seen:
                 seen[key] = len(seen)
@@ -204,7 +206,7 @@ def _base(job: Job, dtype: torch.dtype) -> Any:
         config, dtype=dtype, trust_remote_code=job.model.trust_remote_code, **options
     )
     if implementation == "auto":
-        hook_attention(model)
+        hook_attention(model, reference=job.kernels.attention == "reference")
     return model
 
 

@@ -1,0 +1,76 @@
+"""Oracles: sizes worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tunery.memory import Ledger, Peak, Profile, Span
+
+KB = 1024
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_the_ledger_follows_memory_and_work(fake):
+    ledger = Ledger()
+    weight = torch.zeros(16, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad(), ledger:
+        a = torch.zeros(16, 16)  # 1 KB
+        ledger.enter_span("one")
+        b = a @ a + a  # the product goes when the sum is there
+        view = b.t()[:4]
+        ledger.enter_span("two")
+        del a, b
+        assert ledger.live == 1 * KB  # the view keeps it
+        del view
+        assert ledger.live == 0
+        ledger.enter_span("end")
+    before, one, two, _ = ledger.spans
+    assert (before.end, one.start, one.peak, one.end, two.end) == (KB, KB, 3 * KB, 2 * KB, 0)
+    assert one.work == {(False, 2 * 16**3, 3 * KB): 1, (False, 0, 3 * KB): 1}
+    assert two.freed == {"before": KB, "one": KB} and not two.work
+    assert weight.shape == (16, 16)
+
+
+def test_memory_made_before_is_counted_when_it_is_shown():
+    ledger, weight = Ledger(), torch.zeros(256)
+    same = weight.view(16, 16)
+    with ledger:
+        assert ledger.own([weight, same]) == KB
+        weight.add_(1.0)
+    assert ledger.live == KB and ledger.spans[0].work == {(False, 0, 2 * KB): 1}
+
+
+def profile(accumulates: bool) -> Profile:
+    """Three layers of one kind: 100 kept of each at a rise of 130, 40 of gradients of each and 10 of the head's."""
+    forward = Span(("forward", 0), 50, 180, 150)
+    forward.freed["embed"] = 0
+    head = Span("head", 150, 350, 160)
+    backward = Span(("backward", 0), 160, 220, 60 if accumulates else 100)
+    tail = Span("tail", backward.end, backward.end, backward.end)
+    spans = {s.name: s for s in (Span("embed", 0, 50, 50), forward, head, backward, tail)}
+    return Profile(spans, [0, 0, 0], [40, 40, 40], 130, accumulates)
+
+
+def test_spans_are_strung_together_to_the_whole_depth():
+    forward, head, backward = profile(accumulates=False).peaks()
+    assert forward == Peak("forward", 0, 350, 0, 30)  # 50 + 3 * 100, and the last layer's rise of 130
+    assert head == Peak("head", 0, 350, 200, 0)
+    assert backward == Peak("backward", 0, 360, 0, 60)  # the first to go, when all the others' are still there
+    assert [p.dynamic for p in profile(accumulates=True).peaks()] == [380 + 130, 550 + 130, 420 + 130]
+
+
+def test_what_layers_leave_for_the_head_to_free_is_freed_for_every_layer():
+    plain = profile(accumulates=False)
+    plain.spans["head"].freed[("forward", 0)] = 20
+    _, head, backward = plain.peaks()
+    assert head == Peak("head", 0, 350 - 3 * 20, 200 + 20, 0)
+    assert backward.activations == 350 - 60 + 10 + 20
+
+
+def test_work_is_counted_for_every_layer():
+    plain = profile(accumulates=False)
+    plain.spans["embed"].work[False, 0, 8] = 1
+    plain.spans[("backward", 0)].work[True, 6, 4] = 2
+    assert plain.work() == {(False, 0, 8): 1, (True, 6, 4): 6}
