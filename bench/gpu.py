@@ -53,7 +53,7 @@ def measure(given: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     end = time.time() + 60 * given.minutes
     taken: dict[str, float] = {}
     found: list[dict[str, Any]] = []
-    known: dict[str, dict[str, int]] = {}
+    sizes: dict[str, dict[str, int]] = {}
     entries = contestants(given.variant)
     for number in range(given.rounds):
         for name, how in entries.items():
@@ -62,15 +62,15 @@ def measure(given: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
                 continue
             spec = Spec(
                 contestant=name, method=given.method, shape=given.shape, data=given.data, seconds=given.seconds,
-                warmup=given.warmup, deadline=end - GRACE, known=known.get(name, {}), **how,
+                warmup=given.warmup, deadline=end - GRACE, sizes=sizes.get(name, {}), **how,
             )  # fmt: skip
             began = time.time()
             for result in run(spec, end):
                 found.append({"round": number, **result})
-                if "found" in result:
-                    known.setdefault(name, {})[result["data"]] = result["found"]
+                if "size" in result:
+                    sizes.setdefault(name, {})[result["data"]] = result["size"]
                 print(line_of(found[-1]), flush=True)
-            # later rounds know what fits, so they do not take longer
+            # later rounds know the fastest size, so they do not take longer
             taken[name] = time.time() - began
             yield found
 

@@ -3,9 +3,11 @@ random inputs: `python -m bench.gpu --check`. On a machine without CUDA the path
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 # the dtype, and of a whole model's loss and gradients.
 OPERATION = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 MODEL = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-LENGTHS = (700, 1, 130, 64, 333)
+LENGTHS = {"cuda": (700, 1, 130, 64, 333), "cpu": (150, 1, 64, 33)}  # of the sequences in a stream
+SIZES = {"cuda": (1000, 2048, 32000), "cpu": (30, 256, 3000)}  # tokens, hidden size, vocabulary
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ def _all(device: str) -> Iterator[Check]:
     for dtype in (torch.bfloat16, torch.float32):
         for heads, kv_heads, dim, window in ((8, 2, 128, None), (4, 4, 64, None), (8, 2, 64, 100)):
             yield from _attention(device, dtype, heads, kv_heads, dim, window)
-        yield from _linear_cross_entropy(device, dtype)
-        yield from _packed(device, dtype)
+        for kernel in (_linear_cross_entropy, _norms, _rotary, _gates, _lora):
+            yield from kernel(device, dtype)
+        for method in ("full", "lora"):
+            yield from _packed(device, dtype, method)
 
 
 # ---------------------------------------------------------------- each of them
@@ -89,21 +94,22 @@ def _attention(
 ) -> Iterator[Check]:
     from tunery.models import attention
 
-    lengths = torch.tensor(LENGTHS)
+    longest = max(LENGTHS[device])
+    lengths = torch.tensor(LENGTHS[device])
     boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
     total = int(lengths.sum())
     module = torch.nn.Module()
 
     def hook(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, _ = attention.packed_attention(
-            module, q[None], k[None], v[None], None, cu_seq_lens_q=boundaries, max_length_q=max(LENGTHS),
+            module, q[None], k[None], v[None], None, cu_seq_lens_q=boundaries, max_length_q=longest,
             sliding_window=window,
         )  # fmt: skip
         return out[0]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One softmax over the whole stream, [T, heads, D]: masked to the same sequence, the past and the window."""
-        sequence = torch.arange(len(LENGTHS), device=device).repeat_interleave(lengths.to(device))
+        sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths.to(device))
         place = torch.arange(total, device=device)
         back = place[:, None] - place[None]
         seen = (sequence[:, None] == sequence[None]) & (back >= 0) & (back < (window or total))
@@ -119,7 +125,7 @@ def _attention(
 def _linear_cross_entropy(device: str, dtype: torch.dtype) -> Iterator[Check]:
     from tunery.kernels.linear_cross_entropy import linear_cross_entropy
 
-    rows, hidden, vocabulary = 300, 256, 32000
+    rows, hidden, vocabulary = SIZES[device]
     targets = torch.randint(0, vocabulary, (rows,), device=device)
     weights = torch.rand(rows, device=device)
 
@@ -134,13 +140,84 @@ def _linear_cross_entropy(device: str, dtype: torch.dtype) -> Iterator[Check]:
     )  # fmt: skip
 
 
-def _packed(device: str, dtype: torch.dtype) -> Iterator[Check]:
-    """A small Llama's loss and gradients on one packed stream, by the policy, against the library's own forward in
-    float64 with the same weights, one sequence at a time."""
+def _norms(device: str, dtype: torch.dtype) -> Iterator[Check]:
+    from tunery.kernels import rms_norm
+
+    rows, hidden, _ = SIZES[device]
+    x, residual, weight = (torch.randn(n, device=device) for n in ((rows, hidden), (rows, hidden), (hidden,)))
+
+    def with_residual(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(rms_norm.add_rms_norm(x, residual, weight, 1e-5))
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([rms_norm.reference(x + residual, weight, 1e-5), x + residual])
+
+    for name, offset, cast_first in (("RMS norm", 0.0, True), ("RMS norm, Gemma's", 1.0, False)):
+        yield from compared(
+            name, lambda x, w, o=offset, c=cast_first: rms_norm.rms_norm(x, w, 1e-5, o, c),
+            lambda x, w, o=offset, c=cast_first: rms_norm.reference(x, w, 1e-5, o, c), [x, weight], dtype,
+        )  # fmt: skip
+    yield from compared("RMS norm after a residual", with_residual, plain, [x, residual, weight], dtype)
+
+
+def _rotary(device: str, dtype: torch.dtype) -> Iterator[Check]:
+    from tunery.kernels import rotary
+
+    tokens, dim = SIZES[device][0], 128
+    angles = torch.rand(1, tokens, dim // 2, device=device).repeat(1, 1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def turned(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat(rotary.rotary(q, k, cos, sin), dim=1)
+
+    def plain(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat([rotary.reference(x, cos.double(), sin.double()) for x in (q, k)], dim=1)
+
+    inputs = [torch.randn(1, tokens, heads, dim, device=device).transpose(1, 2) for heads in (8, 2)]
+    yield from compared("rotary embedding", turned, plain, inputs, dtype)
+
+
+def _gates(device: str, dtype: torch.dtype) -> Iterator[Check]:
+    from tunery.kernels import swiglu
+
+    rows, hidden, _ = SIZES[device]
+    inputs = [torch.randn(rows, hidden, device=device) for _ in range(2)]
+    yield from compared("SwiGLU", swiglu.swiglu, swiglu.reference, inputs, dtype)
+    plain = lambda gate, up: swiglu.reference(gate, up, "gelu_tanh")  # noqa: E731
+    yield from compared("GeGLU", swiglu.geglu_tanh, plain, inputs, dtype)
+
+
+def _lora(device: str, dtype: torch.dtype) -> Iterator[Check]:
+    """Three projections of one input, as an attention layer has them."""
+    from tunery.kernels.lora import Projection, lora_linear, reference
+
+    rows, hidden, _ = SIZES[device]
+    widths = (hidden, hidden // 4, hidden // 4)
+    weights = [torch.randn(n, hidden, device=device).to(dtype) / hidden**0.5 for n in widths]
+
+    def run(function: Callable[..., Any], x: Tensor, *adapters: Tensor) -> Tensor:
+        As, Bs = adapters[0::2], adapters[1::2]
+        group = [Projection(w.to(x.dtype), None, A, B, 2.0) for w, A, B in zip(weights, As, Bs, strict=True)]
+        return torch.cat(function(x, group), dim=-1)
+
+    inputs = [torch.randn(rows, hidden, device=device)]
+    for width in widths:
+        inputs += [torch.randn(16, hidden, device=device) / hidden**0.5, torch.randn(width, 16, device=device)]
+    yield from compared("LoRA, three projections", partial(run, lora_linear), partial(run, reference), inputs, dtype)
+
+
+def _packed(device: str, dtype: torch.dtype, method: str) -> Iterator[Check]:
+    """A small Llama's loss and gradients on one packed stream, through all of Tunery's fast paths, against the
+    library's own forward in float64 with the same weights, one sequence at a time."""
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from tunery.config import validate
     from tunery.data.collate import collate
+    from tunery.kernels import KernelsConfig
+    from tunery.models.fuse import fuse
     from tunery.models.load import hook_attention
+    from tunery.models.parts import unwrap
     from tunery.policy import CausalPolicy
 
     config = LlamaConfig(
@@ -149,16 +226,22 @@ def _packed(device: str, dtype: torch.dtype) -> Iterator[Check]:
         eos_token_id=2,
     )  # fmt: skip
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        exact: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
-    exact.load_state_dict(model.state_dict())
-    hook_attention(model)
+        # as it trains: what is frozen in `dtype`, what trains in float32
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype if method == "lora" else torch.float32)
+    if method == "lora":
+        lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(model, lora)
+    exact = copy.deepcopy(model).double()
+    unwrap(exact).set_attn_implementation("eager")
+    hook_attention(unwrap(model))
+    fused = fuse(model, validate(KernelsConfig, {}), dtype)
     sequences = _sequences(1000)
     batch = collate(sequences).to(device)
     policy = CausalPolicy(model, dtype=dtype)
-    what = f"packed loss and gradients of a small Llama, {str(dtype).removeprefix('torch.')}"
-    if not policy.packs:
-        yield Check(f"{what}: {'; '.join(policy.notes)}", math.nan, 0.0)
+    what = f"all of a small Llama, packed, {method}, {str(dtype).removeprefix('torch.')}"
+    notes = [*policy.notes, *sorted(fused.refused)]
+    if not policy.packs or policy.parts is None or fused.refused:
+        yield Check(f"{what}: left fast paths out: {'; '.join(notes)}", math.nan, 0.0)
         return
     loss = policy.nll(batch)
     loss.backward()

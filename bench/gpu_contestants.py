@@ -92,8 +92,7 @@ def make_rows(data: str, tiny: bool = False) -> Rows:
 class Spec:
     """What one process measures. `overrides`: of Tunery's job, "key=value"; `checkpointing`: of the Trainer. It
     measures each of `data` for `seconds` after `warmup` steps, and begins nothing after `deadline` (time.time()).
-    `known`: data -> what an earlier process found to fit or to be fastest (`found` of its result), so that this one
-    need not search."""
+    `sizes`: data -> the Trainer's batch size that an earlier process found to be the fastest."""
 
     contestant: str
     kind: str
@@ -105,7 +104,7 @@ class Spec:
     deadline: float
     overrides: list[str] = field(default_factory=list)
     checkpointing: bool = False
-    known: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 class Enough(Exception):
@@ -127,6 +126,7 @@ class Stopwatch:
         self.done += 1
         if self.done == self.warmup:
             self._synchronize()
+            self._forget_peak()
             self.began = time.perf_counter()
         if self.done <= self.warmup:
             return False
@@ -150,6 +150,13 @@ class Stopwatch:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _forget_peak(self) -> None:
+        """The peak to report is that of a step, not of a search for what fits."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def make_config(shape: str, dtype: Any) -> Any:
@@ -216,21 +223,18 @@ class Watched:
             raise Enough
 
 
-def run_tunery(spec: Spec, rows: Rows, known: int | None) -> dict[str, Any]:
+def run_tunery(spec: Spec, rows: Rows) -> dict[str, Any]:
     """The job through the doors of any run (resolve, set_up, the loop), on rows that are tokens already and with a
-    model made on the device. Where memory does not suffice, smaller streams, then full checkpointing."""
-    longest = int(rows.lengths.max())
-    smaller = [[f"train.micro_tokens={n}"] for n in (8192, 4096) if n >= longest]
-    ladder = [[], *smaller, [f"train.micro_tokens={max(4096, longest)}", "train.checkpointing=full"]]
-    for number in range(known or 0, len(ladder)):
-        overrides = [*spec.overrides, *ladder[number]]
-        result = _or_none(lambda overrides=overrides: _tunery_once(spec, rows, overrides))
-        if result is not None:
-            return {**result, "found": number}
-    return {"error": "out of memory, with full checkpointing too"}
+    model made on the device. The run chooses its streams and its checkpointing by its own plan."""
+    from tunery.errors import TuneryError
+
+    try:
+        return _or_none(lambda: _tunery_once(spec, rows)) or {"error": "out of memory"}
+    except TuneryError as error:
+        return {"error": str(error).splitlines()[0]}
 
 
-def _tunery_once(spec: Spec, rows: Rows, overrides: list[str]) -> dict[str, Any]:
+def _tunery_once(spec: Spec, rows: Rows) -> dict[str, Any]:
     import torch
 
     from tunery.config import build
@@ -259,15 +263,14 @@ def _tunery_once(spec: Spec, rows: Rows, overrides: list[str]) -> dict[str, Any]
                 },
                 "output": f"{folder}/run",
             },
-            overrides,
+            spec.overrides,
         )  # fmt: skip
         engine = Engine(job.model.dtype)
         store = _store(rows, SHAPES[spec.shape]["vocab_size"])
         data = Prepared(store, None, [], DataReport())
         read = Read(tokenizer=None, template=None, objective=build("objectives", job.objective), data=data)  # type: ignore
-        run = set_up(resolve(job, engine), engine, read, None)
+        run = set_up(resolve(job, engine, read), engine, read, None)
         watch = Stopwatch(engine.device, rows.lengths, rows.batch_size, spec.warmup, spec.seconds, spec.deadline)
-        _reset_peak(engine.device)
         with contextlib.suppress(Enough):
             train(run, Watched(watch))  # type: ignore[arg-type]
         setting = run.job.train
@@ -289,9 +292,9 @@ def _store(rows: Rows, vocabulary: int) -> Any:
 # ---------------------------------------------------------------- transformers.Trainer
 
 
-def run_trainer(spec: Spec, rows: Rows, known: int | None) -> dict[str, Any]:
-    """transformers.Trainer, with PEFT for LoRA: padded batches, sdpa, and the batch size that is fastest on a few
-    steps, from a whole step's rows downwards, halved; those that run out of memory do not count."""
+def run_trainer(spec: Spec, rows: Rows, size: int | None) -> dict[str, Any]:
+    """transformers.Trainer, with PEFT for LoRA: padded batches of `size` rows, sdpa. Where no size is given, that which
+    is fastest on a few steps, from a whole step's rows downwards, halved; those that run out of memory do not count."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -310,10 +313,10 @@ def run_trainer(spec: Spec, rows: Rows, known: int | None) -> dict[str, Any]:
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     dataset = _labelled_rows(rows, SHAPES[spec.shape]["vocab_size"])
-    size = known or _fastest(spec, model, dataset, rows)
+    size = size or _fastest(spec, model, dataset, rows)
     if size is None:
         return {"error": "out of memory, with batches of one row too"}
-    return {**_trainer_once(spec, model, dataset, rows, size, spec.warmup, spec.seconds), "found": size}
+    return {**_trainer_once(spec, model, dataset, rows, size, spec.warmup, spec.seconds), "size": size}
 
 
 def _fastest(spec: Spec, model: Any, dataset: list[dict[str, Any]], rows: Rows) -> int | None:
@@ -357,7 +360,6 @@ def _trainer_once(
             logging_steps=1_000_000, save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED,
         )  # fmt: skip
         trainer = Trainer(model, arguments, pad, train_dataset=dataset, callbacks=[Callback()])  # type: ignore
-        _reset_peak(device)
         try:
             trainer.train()
         finally:
@@ -419,13 +421,6 @@ def _or_none(measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def _reset_peak(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def main(spec: Spec) -> None:
     import torch
     import transformers
@@ -443,8 +438,8 @@ def main(spec: Spec) -> None:
         elif time.time() >= spec.deadline:
             continue
         else:
-            run = run_tunery if spec.kind == "tunery" else run_trainer
-            result = run(spec, rows, spec.known.get(data))
+            ours = spec.kind == "tunery"
+            result = run_tunery(spec, rows) if ours else run_trainer(spec, rows, spec.sizes.get(data))
         result |= {"contestant": spec.contestant, "data": data, "peak_flops": peak_flops(device, dtype)}
         result |= {f"flops_{name}": number for name, number in useful_flops(spec.shape, spec.method, rows).items()}
         print(PREFIX + json.dumps(result), flush=True)

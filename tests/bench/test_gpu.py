@@ -114,7 +114,7 @@ def test_a_padded_batch():
 def test_contestants_train_the_same(method):
     """The loss of the first step is the same number, so rows, weights and the averaging are."""
     rows = make_rows("ragged", tiny=True)
-    ours = run_tunery(spec(method=method), rows, None)
+    ours = run_tunery(spec(method=method), rows)
     theirs = run_trainer(spec(method=method, kind="trainer", checkpointing=True), rows, 32)
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
     assert ours["steps"] == theirs["steps"] == 2
@@ -125,14 +125,19 @@ def test_contestants_train_the_same(method):
 
 def test_the_trainers_batch_size_is_searched():
     result = run_trainer(spec(kind="trainer"), make_rows("ragged", tiny=True), None)
-    assert result["found"] in (1, 2, 4, 8, 16, 32, 64)
+    assert result["size"] in (1, 2, 4, 8, 16, 32, 64)
+
+
+def test_what_cannot_run_is_a_line_and_no_failure():
+    result = run_tunery(spec(overrides=["adapter.targets=[nothing]"]), make_rows("ragged", tiny=True))
+    assert "nothing" in result["error"]
 
 
 def test_variants_are_contestants_with_keys_of_the_job():
     found = gpu.contestants(["one by one: train.packing=false train.checkpointing=full"])
     overrides = found["Tunery, one by one"]["overrides"]
     assert overrides == ["train.packing=false", "train.checkpointing=full"]
-    result = run_tunery(spec(overrides=overrides), make_rows("ragged", tiny=True), None)
+    result = run_tunery(spec(overrides=overrides), make_rows("ragged", tiny=True))
     assert result["recomputes"] and "checkpointing full" in result["setting"]
 
 
@@ -185,6 +190,7 @@ def test_the_page_without_measurements_says_so():
 # ------------------------------------------------------------ the kernels
 
 
+@pytest.mark.slow
 def test_checks_pass_on_a_cpu():
     assert all(check.passed for check in run_checks("cpu"))
 
