@@ -41,10 +41,12 @@ def _with(runner: str, name: str, about: str, precision: str, dtype: str | None,
 
 def contestants(full: bool) -> list[Contestant]:
     """All of them. In full fine-tuning the bfloat16 runs keep float32 weights, as Tunery does; with LoRA the frozen
-    base is bfloat16 in all of them."""
+    base is bfloat16 in all of them. (What plain Trainer does as it comes has no float32 weights in either.)"""
     base = "float32" if full else "bfloat16"
     bf16 = {**PLAIN, "bf16": True}
     grouped = {"train_sampling_strategy": "group_by_length"}
+    # LLaMA-Factory raises what trains to float32
+    stored, as_it_comes = ("fp32 weights", "fp32") if full else ("weights as stored (bf16)", "")
     factory = {**CPU, "disable_gradient_checkpointing": True}
     return [
         tunery("bf16"),
@@ -63,8 +65,7 @@ def contestants(full: bool) -> list[Contestant]:
         _with("trainer", "fp32", "fp32", "fp32", "float32", **PLAIN),
         _with("trainer", "bf16", "bf16", "bf16", base, **bf16),
         _with("trainer", "bf16-grouped", "bf16, group_by_length", "bf16", base, **bf16, **grouped),
-        _with("llamafactory", "default", "as it comes: weights as stored (bf16), no autocast, checkpointing on", "",
- None),
+        _with("llamafactory", "default", f"as it comes: {stored}, no autocast, checkpointing on", as_it_comes, None),
         _with("llamafactory", "fp32", "fp32, checkpointing off", "fp32", "float32", **factory),
         _with("llamafactory", "bf16", "use_cpu, bf16, checkpointing off", "bf16", None, **factory, bf16=True),
         _with("llamafactory", "bf16-packed", "use_cpu, bf16, checkpointing off, neat_packing to the cut-off", "bf16",
