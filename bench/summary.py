@@ -24,10 +24,12 @@ def speed(steps: Sequence[dict[str, float]], warmup: int = WARMUP) -> float:
     return sum(step["tokens"] for step in timed) / sum(step["seconds"] for step in timed)
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Ours over theirs, round by round: the median, the lowest and the highest."""
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=False)]
-    return median(ratios), min(ratios), max(ratios)
+def ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
+    """Our tokens per second over theirs, round by round: the median, the lowest and the highest. None where there is
+    no round that both came through."""
+    rounds = zip(ours, theirs, strict=False)
+    ratios = [speed(a["steps"]) / speed(b["steps"]) for a, b in rounds if "error" not in a and "error" not in b]
+    return (median(ratios), min(ratios), max(ratios)) if ratios else None
 
 
 def largest_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
@@ -56,7 +58,7 @@ def summarise(
     from tunery.flops import peak_flops
 
     peaks = {"bf16": peak_flops("cpu", torch.bfloat16), "fp32": peak_flops("cpu", torch.float32)}
-    first = [speed(run["steps"]) for run in runs[contestants[0].name] if "error" not in run]
+    first = runs[contestants[0].name]
     lines = [_line(one, runs, prepared, limit, peaks, first) for one in contestants]
     job = prepared.job
     return {
@@ -73,7 +75,7 @@ def summarise(
 
 def _line(
     one: Contestant, runs: dict[str, list[dict[str, Any]]], prepared: Prepared, limit: int | None,
-    peaks: dict[str, float], first: list[float],
+    peaks: dict[str, float], first: list[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     mine = [run for run in runs[one.name] if "error" not in run]
     line: dict[str, Any] = {"name": one.name, "about": one.about, "precision": one.precision}
@@ -87,7 +89,7 @@ def _line(
     return line | {
         "settings": mine[0]["settings"],
         "tokens_per_second": median(speeds), "rounds": speeds,
-        "ratio": ratio(first, speeds) if first else None,
+        "ratio": ratio(first, runs[one.name]),
         "peak_bytes": median(run["peak_bytes"] for run in mine),
         "mfu": median(speeds) * prepared.flops / peak if peak else None,
         "losses": losses,
@@ -151,7 +153,8 @@ def _ablation(result: dict[str, Any]) -> list[str]:
         off = one is not full
         cells = [
             one["name"], f"`{one['about']}`" if off else "", f"{one['tokens_per_second']:,.0f}",
-            times(one["ratio"]) if off else "", f"{1 - 1 / one['ratio'][0]:.0%}" if off else "",
+            times(one["ratio"]) if off else "",
+            f"{1 - 1 / one['ratio'][0]:.0%}" if off and one["ratio"] else "",
             f"{one['peak_bytes'] / 2**30:.2f} GiB", f"{worst:.4f}" if off else "",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

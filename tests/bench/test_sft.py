@@ -48,8 +48,12 @@ def test_speed_is_a_sum_over_a_sum_after_the_warm_up():
 
 
 def test_the_ratio_is_taken_round_by_round():
-    assert ratio([100, 200, 90], [50, 40, 30]) == (3.0, 2.0, 5.0)
-    assert ratio([100, 200], [50]) == (2.0, 2.0, 2.0)
+    def rounds(*speeds: float) -> list[dict]:
+        return [{"steps": steps(1, seconds=1 / speed)} if speed else {"error": "killed"} for speed in speeds]
+
+    assert ratio(rounds(100, 200, 90), rounds(50, 40, 30)) == pytest.approx((3.0, 2.0, 5.0))
+    assert ratio(rounds(100, 0, 90), rounds(50, 40, 30)) == pytest.approx((2.5, 2.0, 3.0))
+    assert ratio(rounds(100, 200), rounds(0)) is None
 
 
 def test_losses_are_compared_step_by_step():
