@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from safetensors.torch import load_file
 
 import tunery.frozen
 import tunery.loop
+from test_process import job_file, start, train
 from tiny_runs import losses, tiny_job
 from tunery.errors import ConfigError
 from tunery.frozen import begin_step
 from tunery.job import Job
 from tunery.loop import run_job
-from tunery.models.boundary import COMPLETE, FILE, Boundary
+from tunery.models.boundary import FILE, MARK, Boundary
+from tunery.policy import CausalPolicy
 from tunery.setup import read_data
 
 TRAIN = {"epochs": 3, "micro_tokens": 60, "save_every": 1, "keep": None}
@@ -49,7 +52,7 @@ def test_three_epochs_lose_the_same_with_and_without(tmp_path, dtype, rel, monke
     assert "frozen" not in notes(jobs[0])
     for job in jobs[1:]:
         assert "later ones begin with what they gave" in notes(job)
-        assert not (Path(job.output) / FILE).exists() and not (Path(job.output) / COMPLETE).exists()
+        assert not (Path(job.output) / FILE).exists() and not (Path(job.output) / MARK).exists()
 
 
 class Killed(Exception):
@@ -87,11 +90,15 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, monkeypatch, 
     for step in at:
         kill_before(step, monkeypatch, cut)
         folder = Path(cut.output)
-        assert (folder / FILE).is_file() and (folder / COMPLETE).exists() == (step > 3)
+        assert (folder / FILE).is_file() and (folder / MARK).read_text() == str(min(step, 3))
         if file == "gone":
-            for name in (FILE, COMPLETE):
+            for name in (FILE, MARK):
                 (folder / name).unlink(missing_ok=True)
+    calls = []
+    run_frozen = CausalPolicy.run_frozen
+    monkeypatch.setattr(CausalPolicy, "run_frozen", lambda *args: calls.append(1) or run_frozen(*args))
     run_job(cut)
+    assert (len(calls) == 3) == (file == "there")  # the probe's alone
     assert losses(cut.output) == losses(whole.output) and len(losses(cut.output)) == 9
     one, two = (load_file(Path(job.output) / "model.safetensors") for job in (whole, cut))
     assert all(one[name].equal(two[name]) for name in one)
@@ -180,3 +187,20 @@ def test_other_adapters_have_nothing_to_keep(tmp_path):
     job = tiny_job(tmp_path, adapter={"kind": "lora", "rank": 4}, train={"epochs": 1})
     run_job(job)
     assert "frozen" not in notes(job)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_file(tmp_path):
+    """Each reads what the other kept: a row goes to another rank in another epoch."""
+    adapter = {"kind": "freeze", "layers": 1, "cache": True}
+    path = job_file(tmp_path, adapter=adapter, train={"epochs": 3, "batch_size": 7, "micro_tokens": 60})
+    train(path, f"output={tmp_path / 'one'}", "adapter.cache=false")
+    process = start(
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_900 + os.getpid() % 90,
+        "-m", "tunery", "train", path, f"output={tmp_path / 'two'}",
+    )  # fmt: skip
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert "later ones begin with what they gave" in text
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-11)
+    assert not (tmp_path / "two" / FILE).exists()

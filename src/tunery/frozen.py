@@ -51,7 +51,15 @@ def begin_step(run: Run, step: int) -> None:
     """Before a step's first forward: from the second epoch on, the frozen states are read."""
     boundary = run.policy.boundary
     if boundary is not None and not boundary.reading and step >= _steps_per_epoch(run):
-        boundary.finish_epoch(run.engine.barrier, run.engine.is_main)
+        mark_frozen_states(run, step)
+        boundary.reading = True
+
+
+def mark_frozen_states(run: Run, step: int) -> None:
+    """Before the checkpoint of a step: what its first epoch had kept by then can be taken up from the file."""
+    boundary = run.policy.boundary
+    if boundary is not None and not boundary.reading:
+        boundary.mark(min(step, _steps_per_epoch(run)), run.engine.barrier, run.engine.is_main)
 
 
 def drop_frozen_states(run: Run) -> None:
@@ -146,16 +154,13 @@ def _open(run: Run, probed: Probed) -> Boundary:
 
 
 def _take_up(run: Run, boundary: Boundary) -> None:
-    """Of a resumed run: what was kept before its checkpoint, from the file where the first epoch was over, and else by
-    running the frozen layers again on the streams of those steps."""
-    policy, steps = run.policy, _steps_per_epoch(run)
-    policy.boundary = boundary
-    if run.start >= steps and boundary.complete:
-        boundary.reading = True
-        return
-    policy.model.train()
-    for step in range(min(run.start, steps) if run.start < run.total_steps else 0):
-        for batch in run.loader.step(step).micro:
-            policy.run_frozen(batch.to(run.engine.device))
-    if run.start >= steps:
-        begin_step(run, run.start)
+    """Of a resumed run: what was kept before its checkpoint, from the file where it is there, and else by running the
+    frozen layers again on the streams of those steps."""
+    run.policy.boundary = boundary
+    done = min(run.start, _steps_per_epoch(run)) if run.start < run.total_steps else 0
+    if boundary.steps < done:
+        run.model.train()
+        for step in range(done):
+            for batch in run.loader.step(step).micro:
+                run.policy.run_frozen(batch.to(run.engine.device))
+    begin_step(run, run.start)

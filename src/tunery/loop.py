@@ -26,7 +26,7 @@ from tunery.export.verify import compare, probe_logits, probes
 from tunery.fallback import REHEARSED, explained, rehearse
 from tunery.files import make_readable
 from tunery.flops import cost_of, flops_per_token, peak_flops
-from tunery.frozen import begin_step, drop_frozen_states, keep_frozen_states, skipped_flops
+from tunery.frozen import begin_step, drop_frozen_states, keep_frozen_states, mark_frozen_states, skipped_flops
 from tunery.guard import Gate
 from tunery.job import Job
 from tunery.models.load import load_model
@@ -173,6 +173,7 @@ def _evaluate(run: Run, report: Report | NullReport, step: int) -> float:
 
 
 def _save(run: Run, report: Report | NullReport, step: int, best: dict[str, Any]) -> None:
+    mark_frozen_states(run, step)
     if run.engine.is_main:
         state = {
             "step": step, "total_steps": run.total_steps, "best": best, "versions": run.versions,

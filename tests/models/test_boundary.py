@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tiny_models import FAMILIES, random_sequences, tiny_model
 from tunery.adapters import freeze
 from tunery.data.collate import collate
-from tunery.models.boundary import COMPLETE, FILE, Boundary, first_trained
+from tunery.models.boundary import FILE, MARK, Boundary, first_trained
 from tunery.models.parts import layer_list
 from tunery.models.recompute import recompute
 from tunery.policy import CausalPolicy
@@ -216,17 +216,17 @@ def test_the_file_holds_what_memory_holds(tmp_path, dtype):
     policy = CausalPolicy(frozen(dtype=dtype), dtype=dtype)
     inside, mapped = (Boundary(policy.model, np.array(LENGTHS)) for _ in range(2))
     mapped.open(tmp_path, 32, dtype, afresh=True)
-    assert (tmp_path / FILE).stat().st_size == 43 * 32 * dtype.itemsize and not mapped.complete
+    assert (tmp_path / FILE).stat().st_size == 43 * 32 * dtype.itemsize and mapped.steps == 0
     for boundary in (inside, mapped):
         policy.boundary = boundary
         for batch in (stream(1, 0), stream(3, 2)):
             policy.run_frozen(batch)
     assert inside.states_TH is not None and mapped.states_TH is not None
     assert inside.states_TH.equal(mapped.states_TH) and inside.states_TH.isfinite().all()
-    mapped.finish_epoch(lambda: None)
+    mapped.mark(2, lambda: None)
     again = Boundary(policy.model, np.array(LENGTHS))
     again.open(tmp_path, 32, dtype, afresh=False)
-    assert again.complete and again.states_TH is not None and again.states_TH.equal(inside.states_TH)
+    assert again.steps == 2 and again.states_TH is not None and again.states_TH.equal(inside.states_TH)
     again.close()
     assert not list(tmp_path.iterdir())
 
@@ -234,7 +234,7 @@ def test_the_file_holds_what_memory_holds(tmp_path, dtype):
 def test_a_file_of_another_run_is_not_taken_for_ones_own(tmp_path):
     model = frozen()
     for lengths, afresh in (((9, 17), True), ((9, 18), False), ((9, 18), True)):
-        (tmp_path / COMPLETE).touch()
+        (tmp_path / MARK).write_text("2")
         boundary = Boundary(model, np.array(lengths))
         boundary.open(tmp_path, 32, torch.float64, afresh=afresh)
-        assert not boundary.complete
+        assert boundary.steps == 0

@@ -3,8 +3,8 @@ but a sequence's own tokens, so those of the first epoch are kept in a file and 
 
 The file has one row a token of the training data, in their order. What is kept of a row is what the first epoch
 computed, in the stream it computed it in: another stream would round the last bit otherwise. A resumed run therefore
-takes up the file where the first epoch had filled it, and otherwise runs the first epoch's steps through the frozen
-layers again, cut as they were; either way the bits are the ones an uninterrupted run would have."""
+takes up the file as far as it was filled before its checkpoint, and without the file runs those steps through the
+frozen layers again, cut as they were; either way the bits are the ones an uninterrupted run would have."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from tunery.data.collate import collate
+from tunery.files import write_text
 from tunery.models.parts import layer_list
 from tunery.types import Batch, Tokens
 
-FILE, COMPLETE = "frozen_states.bin", "frozen_states.complete"
+FILE, MARK = "frozen_states.bin", "frozen_states.steps"
 Span = tuple[int, int]  # (first row of the file, rows) of a sequence
 
 
@@ -163,7 +164,7 @@ class Boundary:
         if first:
             with (folder / FILE).open("ab") as file:
                 if afresh or os.fstat(file.fileno()).st_size != size:
-                    (folder / COMPLETE).unlink(missing_ok=True)
+                    (folder / MARK).unlink(missing_ok=True)
                     file.truncate(0)
                 if hasattr(os, "posix_fallocate"):  # not on a Mac; a full disk would end a process that writes there
                     os.posix_fallocate(file.fileno(), 0, size)
@@ -172,27 +173,27 @@ class Boundary:
         self.states_TH = mapped.view(-1, width)
 
     @property
-    def complete(self) -> bool:
-        """Whether the file holds a whole first epoch."""
-        return self._folder is not None and (self._folder / COMPLETE).is_file()
+    def steps(self) -> int:
+        """Steps of the first epoch whose states the file is known to hold."""
+        mark = self._folder / MARK if self._folder is not None else None
+        return int(mark.read_text()) if mark is not None and mark.is_file() else 0
 
-    def finish_epoch(self, barrier: Callable[[], None], first: bool = True) -> None:
-        """The first epoch is over in all processes (`barrier` waits for them): read from now on. What was computed is
-        on the disk before the file is called complete, so that holds after a crash of the machine."""
+    def mark(self, steps: int, barrier: Callable[[], None], first: bool = True) -> None:
+        """All processes, whom `barrier` waits for, have kept what the first `steps` steps gave. It is on the disk
+        before that is said, so it holds after a crash of the machine."""
         self._settle()
         barrier()
-        self.reading = True
-        if first and self._folder is not None and not self.complete:
+        if first and self._folder is not None and self.steps != steps:
             with (self._folder / FILE).open("rb") as file:
                 os.fsync(file.fileno())
-            (self._folder / COMPLETE).touch()
+            write_text(self._folder / MARK, str(steps))
 
     def close(self, first: bool = True) -> None:
         """Remove the file: the run has come to its end."""
         self._under_way.clear()
         self.states_TH = None
         if first and self._folder is not None:
-            for name in (COMPLETE, FILE):
+            for name in (MARK, FILE):
                 (self._folder / name).unlink(missing_ok=True)
 
 
