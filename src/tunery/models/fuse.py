@@ -3,20 +3,23 @@
 A module keeps its parameters and names; only its `forward` becomes ours, on that one instance. Which modules have the
 usual form (attention with q, k, v and output projections, a gated MLP, an RMS norm) is guessed from their attributes
 and then measured: the library's own forward runs once on a few tokens, and ours must give the same from the same
-inputs, or the module is left as it was. Low-rank updates need no guess: PEFT's layers say what they are."""
+inputs, with the same gradients, or the module is left as it was. Low-rank updates need no guess: PEFT's layers say what
+they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunery.kernels import KernelsConfig, rotary
+from tunery.errors import TuneryError
+from tunery.kernels import KernelsConfig, compiled, rotary
 from tunery.kernels.lora import Projection, lora_linear
 from tunery.kernels.rms_norm import rms_norm
 from tunery.kernels.swiglu import geglu_tanh, swiglu
@@ -50,7 +53,8 @@ def fuse(model: nn.Module, kernels: KernelsConfig, dtype: torch.dtype) -> Fused:
             if _plain_update(module) is not None:
                 _replace(module, _lora_forward)
                 fused.add("lora")
-    candidates = {m: plan for m in unwrap(model).modules() if (plan := _plans(m, kernels))}
+    native = _compiles(next(model.parameters()).device)
+    candidates = {m: plan for m in unwrap(model).modules() if (plan := _plans(m, kernels, native))}
     if not candidates:
         return fused
     # Without the updates: a resumed run, whose updates are no longer zero, must decide as it did when it began.
@@ -71,22 +75,34 @@ def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.forward = MethodType(forward, module)  # a bound method, so that a deep copy of the model is one
 
 
+def _compiles(device: torch.device) -> bool:
+    """Whether the norm, rotary embedding and activations run as kernels built by this machine's C++ compiler."""
+    if device.type != "cpu" or not compiled.available():
+        return False
+    try:
+        compiled.library()
+    except TuneryError:  # a compiler that does not compile; torch's operations do the same
+        return False
+    return True
+
+
 Plan = tuple[str, Callable[["Call"], Callable[..., Any]]]
 
 
-def _plans(module: nn.Module, kernels: KernelsConfig) -> list[Plan]:
+def _plans(module: nn.Module, kernels: KernelsConfig, native: bool) -> list[Plan]:
     """(kind, from a recorded call to a forward) for what a module looks like; the first that is exact is taken."""
     has = lambda *names: all(isinstance(getattr(module, name, None), nn.Module) for name in names)  # noqa: E731
     if has("q_proj", "k_proj", "v_proj", "o_proj") and hasattr(module, "head_dim"):
         wanted = kernels.lora == "auto" or kernels.rotary == "auto"
-        return [("attention", lambda call: _attention_forward(call, kernels))] if wanted else []
+        return [("attention", lambda call: _attention_forward(call, kernels, native))] if wanted else []
     if has("gate_proj", "up_proj", "down_proj", "act_fn"):
         gate = GATES.get(type(module.act_fn).__name__)
-        grouped = kernels.lora == "auto"
-        return [("mlp", lambda call: _mlp_forward(gate, grouped))] if gate is not None and kernels.mlp == "auto" else []
+        if gate is None or kernels.mlp == "reference":
+            return []
+        return [("mlp", lambda call: _mlp_forward(partial(gate, compiled=native), kernels.lora == "auto"))]
     if kernels.norm == "auto" and _is_rms_norm(module):
         return [
-            ("norm", lambda call, o=offset, c=cast_first: _norm_forward(o, c))
+            ("norm", lambda call, o=offset, c=cast_first: _norm_forward(o, c, native))
             for offset, cast_first in ((0.0, True), (0.0, False), (1.0, False))
         ]
     return []
@@ -97,11 +113,10 @@ def _plans(module: nn.Module, kernels: KernelsConfig) -> list[Plan]:
 
 @dataclass
 class Call:
-    """One call of a module by the library. `attention`: the constants it handed to the attention hook."""
+    """The inputs of a module when the library called it. `attention`: the constants it handed to the attention hook."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any
     attention: dict[str, Any] = field(default_factory=dict)
 
 
@@ -111,8 +126,8 @@ def _library_calls(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.
     causal: Any = unwrap(model)
     calls: dict[nn.Module, Call] = {}
 
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[module] = Call(args, kwargs, output)
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[module] = Call(args, kwargs)
 
     device = next(model.parameters()).device
     total = sum(PROBE_LENGTHS)
@@ -121,14 +136,12 @@ def _library_calls(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.
     bounds = torch.tensor([0, PROBE_LENGTHS[0], total], dtype=torch.int32, device=device)
     was_training = model.training
     model.eval()
-    low = dtype in (torch.bfloat16, torch.float16)
-    autocast = torch.autocast(device.type, dtype=dtype) if low else nullcontext()
     with ExitStack() as stack:
         for module in modules:
-            stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         constants = stack.enter_context(recorded_attention(causal))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(autocast)
+        stack.enter_context(autocast(device, dtype))
         causal.get_decoder()(
             input_ids=ids[None], position_ids=positions[None], use_cache=False, cu_seq_lens_q=bounds,
             cu_seq_lens_k=bounds, max_length_q=max(PROBE_LENGTHS), max_length_k=max(PROBE_LENGTHS),
@@ -143,25 +156,35 @@ def _library_calls(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.
 def _first_exact(
     module: nn.Module, plans: list[Plan], call: Call | None, dtype: torch.dtype
 ) -> tuple[str, Callable[..., Any] | None]:
-    """The first planned forward that gives the library's output from the library's inputs."""
+    """The first planned forward that gives the library's output from the library's inputs, and its gradients."""
     if call is None or (plans[0][0] == "attention" and not call.attention):
         return plans[0][0], None
-    device = _first(call.output).device
-    low = dtype in (torch.bfloat16, torch.float16)
+    library = _outcome(type(module).forward, module, call, dtype)
     for kind, make in plans:
-        forward = make(call)
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype) if low else nullcontext():
-            try:
-                ours = forward(module, *call.args, **call.kwargs)
-            except (TypeError, ValueError, RuntimeError):
-                continue
-        if _same(_first(ours), _first(call.output), dtype):
-            return kind, forward
+        try:
+            ours = _outcome(make(call), module, call, dtype)
+        except Exception:  # whatever is wrong with a fast path here, the library's own is right
+            continue
+        if all(_same(a, b, dtype) for a, b in zip(ours, library, strict=True)):
+            return kind, make(call)
     return plans[0][0], None
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _outcome(forward: Callable[..., Any], module: nn.Module, call: Call, dtype: torch.dtype) -> list[Tensor]:
+    """Output, and the gradients of the hidden states and of what trains in the module."""
+    args, kwargs = list(call.args), dict(call.kwargs)
+    hidden = (args[0] if args else kwargs["hidden_states"]).detach().clone().requires_grad_()
+    if args:
+        args[0] = hidden
+    else:
+        kwargs["hidden_states"] = hidden
+    with torch.enable_grad(), autocast(hidden.device, dtype):
+        output = forward(module, *args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        upstream = torch.linspace(-1, 1, output.numel(), device=output.device).sin().view_as(output)
+        wanted = [hidden, *(p for p in module.parameters() if p.requires_grad)]
+        grads = torch.autograd.grad(output, wanted, upstream.to(output.dtype), materialize_grads=True)
+    return [output.detach(), *grads]
 
 
 def _same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
@@ -171,6 +194,12 @@ def _same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
         return True
     error = (ours.double() - theirs.double()).square().mean().sqrt()
     return bool(error <= TOLERANCE[dtype] * theirs.double().square().mean().sqrt())
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """The arithmetic of a model that computes in `dtype`."""
+    low = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype=dtype) if low else nullcontext()
 
 
 # ---------------------------------------------------------------- low-rank updates
@@ -220,11 +249,11 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 # ---------------------------------------------------------------- modules of the usual form
 
 
-def _attention_forward(call: Call, kernels: KernelsConfig) -> Callable[..., Any]:
+def _attention_forward(call: Call, kernels: KernelsConfig, native: bool) -> Callable[..., Any]:
     """Projections in groups, norms of queries and keys where the module has them, rotary embedding, our hook."""
     constants = call.attention
     grouped = kernels.lora == "auto"
-    rotate = rotary.rotary if kernels.rotary == "auto" else _rotate_apart
+    rotate = partial(rotary.rotary, compiled=native) if kernels.rotary == "auto" else _rotate_apart
 
     def forward(
         self: Any,
@@ -277,10 +306,10 @@ def _epsilon(module: Any) -> float | None:
     return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
 
 
-def _norm_forward(offset: float, cast_first: bool) -> Callable[..., Any]:
+def _norm_forward(offset: float, cast_first: bool, native: bool) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         epsilon = _epsilon(self)
         assert epsilon is not None
-        return rms_norm(hidden_states, self.weight, epsilon, offset, cast_first)
+        return rms_norm(hidden_states, self.weight, epsilon, offset, cast_first, native)
 
     return forward
