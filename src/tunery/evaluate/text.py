@@ -15,9 +15,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
-
 from tunery.errors import DataError
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -34,6 +31,8 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, An
     "chrf", "rouge-1", "rouge-2", "rouge-l", "bleu_tokenizer" (the segmentation used)}.
 
     Raises DataError when there is nothing to score or the numbers of rows differ."""
+    import sacrebleu  # here, as rouge-score below: half a second that a run without answers need not wait
+
     if len(predictions) != len(references):
         raise DataError(f"{len(predictions)} predictions for {len(references)} references: one each is needed")
     if not predictions:
@@ -73,6 +72,8 @@ class _RougeTokenizer:
 
 
 def _rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
     names = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}
     scorer = RougeScorer(list(names), tokenizer=_RougeTokenizer())
     rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)]
