@@ -8,20 +8,9 @@ from typing import Any
 from tunery.devices import Device
 from tunery.job import Job
 from tunery.plan.choose import best, rungs_of
-from tunery.plan.planner import ENOUGH, Memory, Planner
+from tunery.plan.ladder import Change, ladder
+from tunery.plan.planner import Memory, Planner
 from tunery.plan.work import AssumedRows, Rows
-
-
-@dataclass(frozen=True)
-class Change:
-    """A rung of the ladder. `memory` in bytes after it, `slower` the factor on time; `settings` what to set, None where
-    this version cannot do it yet."""
-
-    what: str
-    memory: int
-    fits: bool
-    slower: float | None
-    settings: dict[str, Any] | None
 
 
 @dataclass
@@ -60,11 +49,11 @@ def make_plan(job: Job, rows: Rows, device: Device, world: int = 1) -> Plan:
     """The plan of `job` on `device`, with `world` ranks. Raises ModelError and ConfigError for a model or an adapter
     that cannot be."""
     planner = Planner(job, rows, device, world)
-    most = job.train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
-    micro_tokens, rung = best(planner, most, rungs_of(job, device))
+    micro_tokens, rung = best(planner, rungs_of(job, device))
     memory, work = planner.memory(micro_tokens, rung), planner.work(micro_tokens)
     seconds = planner.seconds(micro_tokens, rung)
     fits = memory.total <= device.memory
+    first = rungs_of(job, device)[0]
     notes = []
     if isinstance(rows, AssumedRows):
         notes.append(
@@ -90,6 +79,7 @@ def make_plan(job: Job, rows: Rows, device: Device, world: int = 1) -> Plan:
         tokens=None if work.steps is None else round(work.tokens * work.steps),
         seconds=None if work.steps is None else seconds * work.steps,
         disk=_disk(planner, work.steps),
+        ladder=[] if fits and (micro_tokens, rung) == (planner.most, first) else ladder(planner),
         notes=notes,
     )
 

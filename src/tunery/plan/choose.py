@@ -20,51 +20,44 @@ def choose(job: Job, rows: Rows, device: Device, world: int = 1) -> tuple[int, s
     rungs = rungs_of(job, device)
     if (train.micro_tokens and len(rungs) == 1) or roughly(job, most, device) < device.memory // 2:
         return most, rungs[0]
-    planner = Planner(job, rows, device, world)
-    return best(planner, most, rungs)
+    return best(Planner(job, rows, device, world), rungs)
 
 
-def best(planner: Planner, most: int, rungs: tuple[str, ...]) -> tuple[int, str]:
-    """The largest micro-batch up to `most` tokens, on the first rung where it is not small."""
-    enough = min(SMALL[planner.device.kind], most)
+def best(planner: Planner, rungs: tuple[str, ...]) -> tuple[int, str]:
+    """The largest micro-batch, on the first rung where it is not small."""
+    enough = min(SMALL[planner.device.kind], planner.most)
     found: list[tuple[int, str]] = []
     for rung in rungs:
-        tokens = largest(planner, most, rung)
+        tokens = largest(planner, rung)
         if tokens is not None and tokens >= enough:
             return tokens, rung
         if tokens is not None:
             found.append((tokens, rung))
-    return max(found, key=lambda pair: pair[0]) if found else (least(planner, most), rungs[-1])
+    return max(found, key=lambda pair: pair[0]) if found else (least(planner), rungs[-1])
 
 
-def largest(planner: Planner, most: int, rung: str) -> int | None:
-    """The largest micro-batch up to `most` tokens that fits on a rung, None where not even the smallest does. Memory
-    is nearly a straight line over tokens, so the place is found on one and then confirmed."""
-    room = planner.device.memory
+def largest(planner: Planner, rung: str) -> int | None:
+    """The largest micro-batch that fits on a rung, None where not even the smallest does: looked for on the line, and
+    then made smaller until the real one fits."""
+    room, low, tokens = planner.device.memory, least(planner), planner.most
+    if planner.about(tokens, rung) > room:
+        below, above = low, tokens
+        while above - below > STEP:
+            middle = (below + above) // 2
+            below, above = (middle, above) if planner.about(middle, rung) <= room else (below, middle)
+        tokens = max(low, below // STEP * STEP)
+    while planner.memory(tokens, rung).total > room:
+        if tokens == low:
+            return None
+        tokens = max(low, tokens * 15 // 16)
+    return tokens
+
+
+def least(planner: Planner) -> int:
+    """The smallest micro-batch there is any use in: the longest example. One that the job fixes is the smallest too."""
     if planner.job.train.micro_tokens is not None:
-        return most if planner.memory(most, rung).total <= room else None
-    high = most
-    if planner.memory(high, rung).total <= room:
-        return high
-    low = least(planner, most)
-    if planner.memory(low, rung).total > room:
-        return None
-    while high - low > STEP:
-        a, b = planner.memory(low, rung).total, planner.memory(high, rung).total
-        between = low + (high - low) * (room - a) // max(b - a, 1)
-        between = min(max(between // STEP * STEP, low + 1), high - 1)
-        if planner.memory(between, rung).total > room:
-            high = between
-        elif between - low < STEP:
-            return between
-        else:
-            low = between
-    return low
-
-
-def least(planner: Planner, most: int) -> int:
-    """The smallest micro-batch there is any use in: the longest example."""
-    return max(8, min(most, int(planner.rows.lengths.max())))
+        return planner.most
+    return max(8, min(planner.most, int(planner.rows.lengths.max())))
 
 
 def rungs_of(job: Job, device: Device) -> tuple[str, ...]:

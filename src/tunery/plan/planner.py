@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -26,8 +26,8 @@ SMALL = {"cuda": 4096, "cpu": 512}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the worst moment of a step, by what holds them. `host`: beside the device, where activations are
-    offloaded. The parts are a bar's, in order."""
+    """Bytes at the worst moment of a step, by what holds them. The parts are those of a bar, in
+    order."""
 
     weights: int
     optimizer: int
@@ -45,17 +45,39 @@ class Memory:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+@dataclass(frozen=True)
+class Line:
+    """Bytes that come and go, and seconds, of one micro-batch on a rung: found for two numbers of tokens and straight in
+    between, as nearly all of both is."""
+
+    tokens: tuple[int, int]
+    bytes: tuple[int, int]
+    time: tuple[float, float]
+
+    def memory(self, tokens: int) -> int:
+        return round(self._at(self.bytes, tokens))
+
+    def seconds(self, tokens: int) -> float:
+        return max(0.0, self._at(self.time, tokens))
+
+    def _at(self, values: tuple[float, float], tokens: int) -> float:
+        low, high = self.tokens
+        return values[0] + (values[1] - values[0]) * (tokens - low) / (high - low)
+
+
 class Planner:
-    """Answers about one job on one device. Nothing is loaded: the model is shapes. Raises ModelError and ConfigError
-    for a model or an adapter that cannot be."""
+    """Answers about one job on one device, with micro-batches of up to `most` tokens. Nothing is loaded: the model is
+    shapes. Raises ModelError and ConfigError for a model or an adapter that cannot be."""
 
     def __init__(self, job: Job, rows: Rows, device: Device, world: int = 1):
         self.job, self.rows, self.device, self.world = job, rows, device, world
         self.dtype = dtype_on(job.model.dtype, device)
         self.shadow = Shadow(job, self.dtype)
         self.objective = build("objectives", job.objective)
+        self.most = job.train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
         self.work = lru_cache(maxsize=None)(self._work)
         self.profile = lru_cache(maxsize=None)(self._profile)
+        self.line = lru_cache(maxsize=None)(self._line)
 
     def _work(self, micro_tokens: int) -> Work:
         return work_of(self.job, self.rows, micro_tokens, self.world)
@@ -63,6 +85,17 @@ class Planner:
     def _profile(self, stream: Stream, rung: str, accumulates: bool) -> Profile:
         run_on = "full" if rung == "offload" else rung
         return trace(self.shadow, self.objective, stream, run_on, device=self.device.kind, accumulates=accumulates)
+
+    def _line(self, rung: str) -> Line:
+        """Between the longest stream of all and one of half its tokens."""
+        work = self.work(self.most)
+        streams = [work.typical(n) for n in (max(8, work.largest.tokens // 2), max(9, work.largest.tokens))]
+        profiles = [self.profile(stream, rung, work.accumulates) for stream in streams]
+        return Line(
+            (streams[0].tokens, streams[1].tokens),
+            (self._dynamic(profiles[0], streams[0], rung), self._dynamic(profiles[1], streams[1], rung)),
+            (self._busy(profiles[0]), self._busy(profiles[1])),
+        )
 
     @cached_property
     def optimizer(self) -> tuple[int, int, Counter[Operation]]:
@@ -74,9 +107,7 @@ class Planner:
         """With the longest stream that such micro-batches give."""
         work = self.work(micro_tokens)
         profile = self.profile(work.largest, rung, work.accumulates)
-        peaks = profile.peaks()
-        if rung == "offload":
-            peaks = [self._offloaded(peak, work.largest) for peak in peaks]
+        peaks = self._peaks(profile, work.largest, rung)
         state, scratch, _ = self.optimizer
         peaks.append(Peak("update", self.shadow.gradient_bytes, 0, 0, scratch + self._exchange()))
         worst = max(peaks, key=lambda peak: peak.dynamic)
@@ -86,13 +117,22 @@ class Planner:
             self.device.overhead + slack,
         )  # fmt: skip
 
-    def _offloaded(self, peak: Peak, stream: Stream) -> Peak:
-        """As on the rung full, with each layer's input on the host but for two on their way."""
-        if self.device.kind == "cpu":
-            return peak
-        one = stream.tokens * self.shadow.hidden_bytes
-        away = max(0, len(self.shadow.layers) - 2) * one
-        return Peak(peak.phase, peak.gradients, max(0, peak.activations - away), peak.logits, peak.temporaries)
+    def about(self, micro_tokens: int, rung: str) -> int:
+        """The same, nearly, without running anything: bytes in all."""
+        moving = self.line(rung).memory(self.work(micro_tokens).largest.tokens)
+        fixed = self.shadow.weight_bytes + self.optimizer[0] + self.device.overhead
+        return fixed + round((1 + self.device.slack) * moving)
+
+    def _peaks(self, profile: Profile, stream: Stream, rung: str) -> list[Peak]:
+        """Of one micro-batch. Offloaded are, as against the rung full, each layer's input but for two on their way."""
+        peaks = profile.peaks()
+        if rung == "offload" and self.device.kind != "cpu":
+            away = max(0, len(self.shadow.layers) - 2) * stream.tokens * self.shadow.hidden_bytes
+            peaks = [replace(peak, activations=max(0, peak.activations - away)) for peak in peaks]
+        return peaks
+
+    def _dynamic(self, profile: Profile, stream: Stream, rung: str) -> int:
+        return max(peak.dynamic for peak in self._peaks(profile, stream, rung))
 
     def _exchange(self) -> int:
         """Gradients of several ranks are summed in one flat buffer."""
@@ -102,19 +142,14 @@ class Planner:
 
     def seconds(self, micro_tokens: int, rung: str) -> float:
         """Of a mean optimizer step."""
-        work, rates = self.work(micro_tokens), self.device.rates
-        sizes = [size for step in work.streams for size in step]
-        high = max(256, round(sum(sizes) / len(sizes)))
-        low = max(128, high // 2)
-        times = [self._stream_seconds(work.typical(size), rung, work.accumulates) for size in (low, high)]
-        slope = (times[1] - times[0]) / (high - low)
-        streams = sum(max(times[1] + slope * (size - high), 0.0) for size in sizes) / len(work.streams)
+        streams = self.work(micro_tokens).streams
+        line, rates = self.line(rung), self.device.rates
         update = sum(often * rates.seconds(*operation) for operation, often in self.optimizer[2].items())
-        return streams + update
+        return sum(line.seconds(tokens) for step in streams for tokens in step) / len(streams) + update
 
-    def _stream_seconds(self, stream: Stream, rung: str, accumulates: bool) -> float:
-        rates = self.device.rates
-        operations = self.profile(stream, rung, accumulates).work()
+    def _busy(self, profile: Profile) -> float:
+        """Seconds of one micro-batch."""
+        rates, operations = self.device.rates, profile.work()
         launch = rates.launch * sum(operations.values())
         busy = sum(often * rates.seconds(*operation) for operation, often in operations.items())
         return max(launch, busy) if rates.overlaps else launch + busy
@@ -122,7 +157,7 @@ class Planner:
     @cached_property
     def flops_per_token(self) -> float:
         """Useful ones (see flops.py)."""
-        work = self.work(self.job.train.micro_tokens or self.job.data.max_length)
+        work = self.work(self.most)
         return flops_per_token(cost_of(self.shadow.model), labelled=work.labelled, mean_length=work.mean_length)
 
 

@@ -85,6 +85,17 @@ class Shadow:
         base = unwrap(self.model)
         return base.config.get_text_config().hidden_size * base.dtype.itemsize
 
+    @cached_property
+    def frozen_matrices(self) -> int:
+        """Parameters of the layers' matrices that do not train."""
+        layers = layer_list(self.model)[1]
+        return sum(p.numel() for p in layers.parameters() if p.ndim >= 2 and not p.requires_grad)
+
+    @cached_property
+    def largest_layer(self) -> int:
+        """Bytes of the weights of the largest layer."""
+        return max(_bytes(layer.parameters()) for layer in layer_list(self.model)[1])
+
     def _classify(self) -> list[int]:
         """The kind of each layer; fills `kinds`."""
         layers = layer_list(self.model)[1]
@@ -149,13 +160,14 @@ def trace(
         policy = CausalPolicy(model, dtype=shadow.dtype, probe=False)
         batch = _fake_batch(stream)
         _hook(ledger, layer_list(model)[1])
-        for last in (False, True) if accumulates or rung == "selective" else (True,):
+        begin = 0
+        for _ in range(2 if rung == "selective" else 1):  # which learns in its first backward what it need not keep
+            for parameter in _trained(model):
+                parameter.grad = torch.empty_like(parameter) if accumulates else None
             begin = len(ledger.spans)
             ledger.enter_span("embed")
             objective.loss(policy, batch).sum.backward()
             ledger.enter_span("end")
-            if not (accumulates or last):
-                model.zero_grad(set_to_none=True)
         spans = {span.name: span for span in ledger.spans[begin:-1]}
     gradients = [kind.gradients for kind in shadow.kinds]
     return Profile(

@@ -77,8 +77,25 @@ def print_plan(plan: Plan, console: Any) -> None:
             colour = COLOURS.get(part.name, "dim")
             legend.add_row(f"[{colour}]{'·' if part.name == 'free' else '█'}[/] {part.name}", size(part.bytes))
     console.print(legend)
+    if plan.ladder:
+        console.print()
+        console.print(_ladder(plan))
     for note in plan.notes:
         console.print(f"note: {note}")
+
+
+def _ladder(plan: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), title="what makes it fit", title_justify="left")
+    for name in ("change", "memory", "", "time"):
+        table.add_column(name, justify="left" if name in ("change", "") else "right")
+    for change in plan.ladder:
+        verdict = "[green]fits[/]" if change.fits else "[red]does not fit[/]"
+        later = "" if change.settings is not None else " [dim](not yet in this version)[/]"
+        slower = "" if change.slower is None else f"x {change.slower:.2f}"
+        table.add_row(change.what + later, size(change.memory), verdict, slower)
+    return table
 
 
 def _lines(plan: Plan) -> list[tuple[str, str]]:
