@@ -68,7 +68,8 @@ JOBS = {
 def tiny(job: Job) -> Job:
     """The same with a model that trains in seconds, to try the benchmark itself."""
     shape = replace(TINY, vocabulary=job.shape.vocabulary)
-    return replace(job, shape=shape, rows=min(job.rows, 6 * job.batch_size))
+    title = f"a trial with 2 layers ({job.title})"
+    return replace(job, title=title, shape=shape, rows=min(job.rows, 6 * job.batch_size))
 
 
 @dataclass
