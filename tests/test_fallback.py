@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from test_loop import final_weights, same
 from test_process import job_file, start
@@ -277,48 +277,68 @@ def test_a_rehearsal_has_the_moments_in_place_and_leaves_no_gradients(tmp_path, 
 # ---------------------------------------------------------------- ranks
 
 LIMITED = '''
-import os, torch
+import math, os, torch
 from tunery.config import KindConfig
 from tunery.objectives import sft
+from tunery.types import Loss
 
 
 class Config(KindConfig):
     kind: str = "outside.limited"
     tokens: int = 0
+    broken: bool = False
     train_on: str = "answers"
 
 
 class Objective(sft.Objective):
-    """Rank 1 has memory for `tokens` tokens (0: for all)."""
+    """Rank 1 has memory for `tokens` tokens (0: for all), and no finite loss where it is `broken`."""
 
     def loss(self, policy, batch):
-        if torch.is_grad_enabled() and os.environ.get("RANK") == "1" and 0 < self.config.tokens < batch.n_tokens:
+        mine = torch.is_grad_enabled() and os.environ.get("RANK") == "1"
+        if mine and 0 < self.config.tokens < batch.n_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().loss(policy, batch)
+        loss = super().loss(policy, batch)
+        # a number beside the gradients, so that these do not tell the other rank
+        return Loss(loss.sum + math.inf, loss.metrics) if mine and self.config.broken else loss
 '''
 
 
-@pytest.mark.slow
-def test_two_ranks_fall_together(tmp_path):
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Runs a job of two processes with the objective above: returns (exit status, what it said)."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "limited.py").write_text(LIMITED)
     sys.path.insert(0, str(tmp_path))  # the job is checked here before it is written
-    try:
-        path = job_file(tmp_path, objective={"kind": "outside.limited"}, train={"batch_size": 7, "micro_tokens": 90})
-    finally:
-        sys.path.remove(str(tmp_path))
-    ranks = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_900 + os.getpid() % 90)
+    path = job_file(tmp_path, objective={"kind": "outside.limited"}, train={"batch_size": 7, "micro_tokens": 300})
     os.environ["PYTHONPATH"] = str(tmp_path)
-    try:
-        for name, tokens in (("free", 0), ("limited", 60)):
-            process = start(
-                *ranks, "-m", "tunery", "train", path, f"output={tmp_path / name}", f"objective.tokens={tokens}"
-            )
-            text, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, text
-    finally:
-        del os.environ["PYTHONPATH"]
+
+    def run(name: str, *overrides: str) -> tuple[int, str]:
+        process = start(
+            "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_900 + os.getpid() % 90,
+            "-m", "tunery", "train", path, f"output={tmp_path / name}", *overrides,
+        )  # fmt: skip
+        text, _ = process.communicate(timeout=120)
+        return process.returncode, text
+
+    yield run
+    sys.path.remove(str(tmp_path))
+    del os.environ["PYTHONPATH"]
+
+
+@pytest.mark.slow
+def test_two_ranks_fall_together(tmp_path, two_ranks):
+    for name, tokens in (("free", 0), ("limited", 90)):
+        status, text = two_ranks(name, f"objective.tokens={tokens}")
+        assert status == 0, text
     assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "free"), rel=1e-11)
-    fallen = json.loads((tmp_path / "limited" / "checkpoint-8" / "tunery_state.json").read_text())["fallen_to"]
-    assert fallen["micro_tokens"] <= 60 and fallen_to(tmp_path / "free") is None
+    fallen = fallen_to(tmp_path / "limited")
+    assert fallen is not None and fallen["micro_tokens"] <= 90 and fallen_to(tmp_path / "free") is None
     assert "memory ran out in step" in report_of(tmp_path / "limited")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_rank_holds_back_both(tmp_path, two_ranks):
+    status, text = two_ranks("broken", "objective.broken=true")
+    assert status == 1 and "step 1: the loss or gradient is not finite" in text
+    kept = load_file(tmp_path / "broken" / "failure-step-1" / "adapter_model.safetensors")
+    assert all(value.eq(0).all() for name, value in kept.items() if "lora_B" in name)

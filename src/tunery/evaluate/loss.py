@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -16,12 +17,13 @@ def evaluate(
     """Each of the objective's metrics over all streams of all ranks: sum of sums / sum of weights."""
     was_training = model.training
     model.eval()
-    totals: dict[str, tuple[float, float]] = {}
+    totals: dict[str, tuple[Any, Any]] = {}
+    zero = torch.zeros((), dtype=torch.float64, device=engine.device)  # read once at the end, not at each stream
     with torch.no_grad():
         for batch in streams:
             for name, (value, weight) in objective.loss(policy, batch.to(engine.device)).metrics.items():
-                before = totals.get(name, (0.0, 0.0))
-                totals[name] = (before[0] + float(value), before[1] + float(weight))
+                before = totals.get(name, (zero, zero))
+                totals[name] = (before[0] + value, before[1] + weight)
     model.train(was_training)
-    summed = engine.sum_metrics(totals)
+    summed = engine.sum_metrics({name: (float(value), float(weight)) for name, (value, weight) in totals.items()})
     return {name: value / weight if weight else float("nan") for name, (value, weight) in summed.items()}
