@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-RANK, ALPHA, SEED = 16, 32, 0
+RANK, ALPHA, LR, SEED = 16, 32, 1e-5, 0
 PREFIX = "RESULT "
 
 _LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
@@ -255,7 +255,7 @@ def _tunery_once(spec: Spec, rows: Rows) -> dict[str, Any]:
                 "model": {"name": f"{folder}/model", "random_init": True, "dtype": dtype},
                 "data": {"max_length": max(8, int(rows.lengths.max()))},
                 "adapter": adapter,
-                "optimizer": {"lr": 1e-5},
+                "optimizer": {"lr": LR},
                 "schedule": "constant",
                 "train": {
                     "batch_size": rows.batch_size, "shuffle": False, "max_steps": 1_000_000, "save_every": 1_000_000,
@@ -320,11 +320,12 @@ def run_trainer(spec: Spec, rows: Rows, size: int | None) -> dict[str, Any]:
 
 
 def _fastest(spec: Spec, model: Any, dataset: list[dict[str, Any]], rows: Rows) -> int | None:
-    """The rows a forward that are fastest, None where not even one fits."""
+    """The rows a forward that are fastest, None where not even one fits. Trains with a rate of 0, so that what is
+    measured afterwards begins with the first weights."""
     best: tuple[float, int] | None = None
     size = rows.batch_size
     while size:
-        probe = _or_none(lambda size=size: _trainer_once(spec, model, dataset, rows, size, 1, spec.seconds / 4))
+        probe = _or_none(lambda size=size: _trainer_once(spec, model, dataset, rows, size, 1, spec.seconds / 4, lr=0.0))
         if probe is not None:
             if best is not None and probe["speed"] < best[0]:
                 break
@@ -334,8 +335,9 @@ def _fastest(spec: Spec, model: Any, dataset: list[dict[str, Any]], rows: Rows) 
 
 
 def _trainer_once(
-    spec: Spec, model: Any, dataset: list[dict[str, Any]], rows: Rows, size: int, warmup: int, seconds: float
-) -> dict[str, Any]:
+    spec: Spec, model: Any, dataset: list[dict[str, Any]], rows: Rows, size: int, warmup: int, seconds: float,
+    lr: float = LR,
+) -> dict[str, Any]:  # fmt: skip
     """`size` rows a forward, accumulated to a step's."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -354,7 +356,7 @@ def _trainer_once(
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=size, gradient_accumulation_steps=rows.batch_size // size,
-            max_steps=1_000_000, learning_rate=1e-5, lr_scheduler_type="constant", bf16=on_gpu, use_cpu=not on_gpu,
+            max_steps=1_000_000, learning_rate=lr, lr_scheduler_type="constant", bf16=on_gpu, use_cpu=not on_gpu,
             gradient_checkpointing=spec.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
             train_sampling_strategy="sequential", remove_unused_columns=False, logging_first_step=True,
             logging_steps=1_000_000, save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED,

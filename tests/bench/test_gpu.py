@@ -124,8 +124,11 @@ def test_contestants_train_the_same(method):
 
 
 def test_the_trainers_batch_size_is_searched():
-    result = run_trainer(spec(kind="trainer"), make_rows("ragged", tiny=True), None)
+    """And leaves the weights as they were."""
+    rows = make_rows("ragged", tiny=True)
+    result = run_trainer(spec(kind="trainer"), rows, None)
     assert result["size"] in (1, 2, 4, 8, 16, 32, 64)
+    assert result["first_loss"] == pytest.approx(run_tunery(spec(), rows)["first_loss"], rel=1e-5)
 
 
 def test_what_cannot_run_is_a_line_and_no_failure():
