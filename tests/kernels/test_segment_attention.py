@@ -54,7 +54,7 @@ def test_bfloat16_is_as_near_to_float64_as_the_library_in_bfloat16(spread):
     def errors(function):
         out = function(*rough_inputs)
         got = [out, *torch.autograd.grad(out, rough_inputs, upstream.to(torch.bfloat16))]
-        return [float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(got, wanted)]
+        return [float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(got, wanted, strict=True)]
 
     ours = errors(lambda q, k, v: segment_attention(q, k, v, lengths, scale))
     eager = errors(lambda q, k, v: _eager(q, k, v, lengths, scale))
