@@ -7,7 +7,7 @@ and LLaMA-Factory, each in its own environment and process, in turns.
 Needs the assets folder (TUNERY_ASSETS or ../shared/assets) unless both paths are given: the 52,002 rows of Alpaca and
 Qwen2.5's tokenizer. PYTHON is the interpreter of an environment that has the trainer. Caches are off for all. Wall
 seconds are those that count; on a machine that is busy with other things processor seconds are what to compare.
-With no rival given only Tunery is measured, and nothing is written."""
+With no rival given only Tunery is measured; results are written where a rival was measured on the usual rows."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def main() -> None:
         for name, found in runs.items():
             found.append(run(name, rivals.get(name, sys.executable), what))
             print(line_of(name, found[-1]), flush=True)
-    if rivals:
+    if rivals and given.data == parser.get_default("data"):
         versions = {name: version_in(python, name) for name, python in rivals.items()}
         path = save_result("data", {"workers": given.workers, "pack": PACK, "rivals": versions, "runs": runs})
         write_section("data", section(json.loads(path.read_text(encoding="utf-8"))))

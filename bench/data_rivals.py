@@ -104,8 +104,8 @@ def llamafactory(given: dict[str, Any]) -> dict[str, Any]:
         packed = get_dataset(template, model, data, training, stage="sft", **module)["train_dataset"]
         read = clock.read()
         # a pack is filled up with padding, which is no token of a row
-        real = [[i for i, seen in zip(ids, mask, strict=True) if seen]
-                for ids, mask in zip(packed["input_ids"], packed["attention_mask"], strict=True)]  # fmt: skip
+        padding = module["tokenizer"].pad_token_id
+        real = [[token for token in ids if token != padding] for ids in packed["input_ids"]]
         return {"rows": count, "streams": len(packed), **_tokens(real), **read}
 
 
