@@ -54,7 +54,7 @@ def tunery(given: dict[str, Any]) -> dict[str, Any]:
     report = prepared.report
     return {
         "rows": report.rows, "streams": len(step.micro), "tokens": report.train.tokens, **clock.read(),
-        "seconds_to_store": stored,
+        "seconds_to_store": stored, "refused": report.reasons(),
     }  # fmt: skip
 
 
@@ -115,6 +115,9 @@ def section(result: dict[str, Any]) -> str:
             f"| {title}{_version(result, name)} | {one['rows'] / seconds:,.0f} | {seconds:.1f} | {cpu:.1f} | "
             f"{one['tokens']:,} | {one['streams']:,} | {ratio} |"
         )
+    refused = ", ".join(f"{count} ({why})" for why, count in runs["tunery"][0]["refused"].items())
+    if refused:
+        lines += ["", f"Tunery leaves rows out that hold nothing to train: {refused}."]
     return "\n".join([*lines, "", described(result)])
 
 

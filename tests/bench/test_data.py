@@ -54,7 +54,8 @@ def test_the_clock_counts_processor_seconds():
 
 def test_the_section():
     def run(seconds):
-        return {"rows": 1000, "streams": 5, "tokens": 20000, "seconds": seconds, "cpu_seconds": 2 * seconds}
+        return {"rows": 1000, "streams": 5, "tokens": 20000, "seconds": seconds, "cpu_seconds": 2 * seconds,
+                "refused": {"empty answer": 3}}  # fmt: skip
 
     result = {
         "runs": {"tunery": [run(2.0), run(4.0), run(1.0)], "trl": [run(20.0), run(20.0), run(30.0)]},
@@ -64,3 +65,4 @@ def test_the_section():
     assert "| Tunery | 500 | 2.0 | 4.0 | 20,000 | 5 |  |" in text
     assert "| TRL 1.16.0 | 50 | 20.0 | 40.0 | 20,000 | 5 | 10.0 (5.0 to 30.0) |" in text
     assert "| LLaMA-Factory | not measured | | | | | |" in text
+    assert "nothing to train: 3 (empty answer)." in text
