@@ -71,12 +71,12 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
         if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
-            out = _grouped_mm(*args[:2], *args[2:3], **kwargs)
+            out = _grouped_mm(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
-        if func.namespace == "prim":
-            return out
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         fresh = [self._storage(t) for t in outputs]
         if any(fresh) or func._schema.is_mutable:  # the rest are views

@@ -17,6 +17,7 @@ from tunery.config import build
 from tunery.data.collate import collate
 from tunery.job import Job, load_job
 from tunery.memory import Ledger
+from tunery.models.fuse import fuse
 from tunery.models.load import hook_attention, load_model
 from tunery.models.recompute import recompute
 from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
@@ -47,6 +48,7 @@ def real(job: Job, dtype: torch.dtype) -> tuple[Any, CausalPolicy, Any]:
     model = load_model(job.model, dtype)
     hook_attention(model, reference=job.kernels.attention == "reference")
     model = build("adapters", job.adapter).apply(model)
+    fuse(model, job.kernels, dtype)
     policy = CausalPolicy(model, dtype=dtype)
     recompute(model, job.train.checkpointing)
     random = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @cache
@@ -22,9 +23,15 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and triton_installed()
 
 
+def has_numbers(x: Tensor) -> bool:
+    """False for torch's meta and fake tensors, which are shapes alone: a plan runs the model on those."""
+    return x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
 def runs_compiled(*tensors: Tensor) -> bool:
     """Whether these belong to the kernels of compiled.py: on a CPU, in bfloat16 or float32."""
-    return all(t.device.type == "cpu" and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
+    low = (torch.bfloat16, torch.float32)
+    return all(t.device.type == "cpu" and t.dtype in low and has_numbers(t) for t in tensors)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -19,7 +19,9 @@ NAME = "tunery_plan"
 
 
 @contextmanager
-def standing_in(model: Any, fused: bool, note_work: Callable[[bool, int, int], None]) -> Iterator[None]:
+def standing_in(
+    model: Any, fused: bool, note_work: Callable[[bool, int, int], None] = lambda *_: None
+) -> Iterator[None]:
     """Let `model`, where it takes our hook, attend with nothing computed. `fused`: as the CUDA back ends do;
     `note_work` is told (in 16 bits, operations, bytes)."""
     from transformers import AttentionInterface

@@ -47,8 +47,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes that come and go, and seconds, of one micro-batch on a rung: found for two numbers of tokens and straight in
-    between, as nearly all of both is."""
+    """Bytes that come and go, and seconds, of one micro-batch on a rung: found for two numbers of tokens, and straight
+    in between, as nearly all of both is."""
 
     tokens: tuple[int, int]
     bytes: tuple[int, int]

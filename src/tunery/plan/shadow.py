@@ -23,6 +23,7 @@ from tunery.config import build
 from tunery.job import Job
 from tunery.kernels import linear_cross_entropy
 from tunery.memory import Ledger, Operation, Profile
+from tunery.models.fuse import fuse
 from tunery.models.load import hook_attention, load_config
 from tunery.models.parts import layer_list, unwrap
 from tunery.models.recompute import recompute
@@ -56,6 +57,7 @@ class Shadow:
 
     def __init__(self, job: Job, dtype: torch.dtype):
         self.job, self.dtype = job, dtype
+        self.fake = FakeTensorMode()
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model = _with_adapter(job, _base(job, dtype))
@@ -119,48 +121,46 @@ class Shadow:
 
     @cached_property
     def sample(self) -> nn.Module:
-        """A copy of the model with one layer of each kind."""
-        numbers = [kind.first for kind in self.kinds]
+        """A copy of the model with one layer of each kind, on fake tensors, with the fast paths put into it."""
         model = copy.deepcopy(self.model)
         causal: Any = unwrap(model)
         name, layers = layer_list(model)
         parent, _, attribute = name.rpartition(".")
+        numbers = [kind.first for kind in self.kinds]
         setattr(causal.get_submodule(parent), attribute, nn.ModuleList(layers[i] for i in numbers))
         text = causal.config.get_text_config()
         types = getattr(text, "layer_types", None)
         text.num_hidden_layers = len(numbers)
         if types:
             text.layer_types = [types[i] for i in numbers]
-        return model
+        with standing_in(causal, fused=False), self.fake, Ledger():
+            _make_fake(model)
+            fuse(model, self.job.kernels, self.dtype)
+        return model.train()
 
 
 def trace(
-    shadow: Shadow,
-    objective: Any,
-    stream: Stream,
-    rung: str = "none",
-    *,
-    device: str = "cpu",
+    shadow: Shadow, objective: Any, stream: Stream, rung: str = "none", *, device: str = "cpu",
     accumulates: bool = False,
 ) -> Profile:  # fmt: skip
     """One micro-batch's memory and work, on a `device` ("cpu" or "cuda") with activations on a `rung`. `accumulates`:
     another micro-batch of the same step came before. Raises whatever the model's code raises where it cannot run on
     shapes alone (where what it does depends on the numbers)."""
-    model = copy.deepcopy(shadow.sample).train()
-    causal = unwrap(model)
+    model = shadow.sample
     recompute(model, rung)
     ledger = Ledger()
+    begin = 0
     with ExitStack() as stack:
-        stack.enter_context(standing_in(causal, device == "cuda", ledger.note_work))
+        stack.enter_context(standing_in(unwrap(model), device == "cuda", ledger.note_work))
         stack.enter_context(_chunks_of(device))
-        stack.enter_context(FakeTensorMode())
-        _make_fake(model)
+        stack.enter_context(_noting(ledger, layer_list(model)[1]))
+        stack.enter_context(shadow.fake)
         stack.enter_context(ledger)
         ledger.own([*model.parameters(), *model.buffers()])
-        policy = CausalPolicy(model, dtype=shadow.dtype, probe=False)
+        policy = CausalPolicy(
+            model, dtype=shadow.dtype, probe=False, reference_head=shadow.job.kernels.head == "reference"
+        )
         batch = _fake_batch(stream)
-        _hook(ledger, layer_list(model)[1])
-        begin = 0
         for _ in range(2 if rung == "selective" else 1):  # which learns in its first backward what it need not keep
             for parameter in _trained(model):
                 parameter.grad = torch.empty_like(parameter) if accumulates else None
@@ -168,7 +168,8 @@ def trace(
             ledger.enter_span("embed")
             objective.loss(policy, batch).sum.backward()
             ledger.enter_span("end")
-        spans = {span.name: span for span in ledger.spans[begin:-1]}
+        model.zero_grad(set_to_none=True)
+    spans = {span.name: span for span in ledger.spans[begin:-1]}
     gradients = [kind.gradients for kind in shadow.kinds]
     return Profile(
         spans, shadow.layers, [gradients[kind] for kind in shadow.layers], shadow.gradient_bytes, accumulates
@@ -281,32 +282,33 @@ def _chunks_of(device: str) -> Iterator[None]:
         chunks.update(before)
 
 
-def _hook(ledger: Ledger, layers: Any) -> None:
+@contextmanager
+def _noting(ledger: Ledger, layers: Any) -> Iterator[None]:
     """Let each layer say when the forward enters it, and its output's gradient when the backward does."""
 
     def on_gradient(tensor: Any, name: Any) -> None:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             tensor.register_hook(lambda _: ledger.enter_span(name))
 
-    def hidden(args: Any, kwargs: Any) -> Any:
-        return args[0] if args else kwargs.get("hidden_states")
+    def enter(kind: int, args: Any, kwargs: Any) -> None:
+        if kind == 0:
+            on_gradient(args[0] if args else kwargs.get("hidden_states"), "tail")
+        ledger.enter_span(("forward", kind))
 
-    for kind, layer in enumerate(layers):
+    def leave(kind: int, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        on_gradient(output, ("backward", kind))
+        if kind == len(layers) - 1:
+            ledger.hand_over(output, "head")
+            ledger.enter_span("head")
 
-        def enter(_: Any, args: Any, kwargs: Any, kind: int = kind) -> None:
-            if kind == 0:
-                on_gradient(hidden(args, kwargs), "tail")
-            ledger.enter_span(("forward", kind))
-
-        def leave(_: Any, args: Any, output: Any, kind: int = kind) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            on_gradient(output, ("backward", kind))
-            if kind == len(layers) - 1:
-                ledger.hand_over(output, "head")
-                ledger.enter_span("head")
-
-        layer.register_forward_pre_hook(enter, with_kwargs=True)
-        layer.register_forward_hook(leave)
+    with ExitStack() as stack:
+        for kind, layer in enumerate(layers):
+            before = layer.register_forward_pre_hook(lambda _, a, kw, kind=kind: enter(kind, a, kw), with_kwargs=True)
+            after = layer.register_forward_hook(lambda _, args, output, kind=kind: leave(kind, output))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
