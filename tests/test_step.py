@@ -91,6 +91,8 @@ JOBS = {
     "lora": {},
     "full": {"adapter": "full", "model": {"dtype": "float32"}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
+    "frozen layers once": {"adapter": {"kind": "freeze", "layers": 1}},
+    "slow forms": {"kernels": "reference"},
     "noise and dropout": {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.2}, "train": {"neftune": 5.0}},
     "recomputed": {"train": {"checkpointing": "full"}},
     "kept selectively": {"train": {"checkpointing": "selective"}},
