@@ -11,6 +11,8 @@ import numpy as np
 
 LORA = {"rank": 8, "alpha": 16}
 MARGIN = 16  # tokens that neighbours may differ by when they are tokenised together
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+NUMBERED = ("added_tokens_decoder", "additional_special_tokens")  # keys of tokenizer_config.json with tokens cut away
 MODEL, MODEL_FP32, ADAPTER, ROWS, TOKENS = "model", "model-float32", "adapter", "rows.jsonl", "tokens.jsonl"
 
 
@@ -34,8 +36,6 @@ class Job:
     name: str
     title: str
     shape: Shape
-    tokenizer: str
-    template: str
     rows: int
     batch_size: int
     max_length: int = 1024
@@ -51,13 +51,13 @@ SMALL = Shape(hidden=512, layers=10, heads=8, kv_heads=2, intermediate=1536, voc
 QWEN = Shape(hidden=896, layers=24, heads=14, kv_heads=2, intermediate=4864, vocabulary=151_936)
 TINY = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=0)
 
-_A = Job("A", "46.5M parameters, LoRA, batch 4", SMALL, "llama2", "alpaca", rows=80, batch_size=4)
+_A = Job("A", "46.5M parameters, LoRA, batch 4", SMALL, rows=80, batch_size=4)
 JOBS = {
     job.name: job
     for job in (
         _A,
         replace(_A, name="B", title="46.5M parameters, LoRA, batch 16", rows=128, batch_size=16),
-        Job("C", "Qwen2.5-0.5B's shape and tokenizer, LoRA, batch 4", QWEN, "qwen2.5", "auto", rows=32, batch_size=4),
+        Job("C", "Qwen2.5-0.5B's shape and tokenizer, LoRA, batch 4", QWEN, rows=32, batch_size=4),
         replace(_A, name="D", title="46.5M parameters, full fine-tuning, batch 4", full=True),
         replace(_A, name="E", title="46.5M parameters, LoRA, conversations of up to 2,048 tokens, batch 2",
                 rows=16, batch_size=2, max_length=2048, long=True),
@@ -99,8 +99,8 @@ def step_sums(values: list[int], batch_size: int) -> list[int]:
 
 
 def prepare(job: Job, assets: Path, folder: Path) -> Prepared:
-    """Write the job to `folder`, and count its tokens as Tunery renders them. Raises TuneryError where the assets do
-    not give the rows."""
+    """Write the job to `folder`, and count its tokens as Tunery renders them. Raises TuneryError for assets that cannot
+    be read."""
     from tunery.flops import flops_per_token
 
     folder.mkdir(parents=True)
@@ -108,9 +108,10 @@ def prepare(job: Job, assets: Path, folder: Path) -> Prepared:
     rows = json.loads((assets / "datasets/llamafactory/alpaca_en_demo.json").read_text(encoding="utf-8"))
     conversations = [_conversation(row) for row in rows]
     if job.long:
-        conversations = _joined(job, conversations[: 16 * job.rows], folder)
-    conversations = conversations[: job.rows]
-    sequences = _tokens(job, conversations, folder)
+        conversations = _long(job, conversations, folder)
+    usable, _ = _tokens(job, conversations[: 2 * job.rows], folder)
+    usable, sequences = _tokens(job, usable[: job.rows], folder)
+    assert len(usable) == job.rows, f"job {job.name}: only {len(usable)} rows of {job.rows} can be used"
     with (folder / TOKENS).open("w", encoding="utf-8") as file:
         for ids, labels in sequences:
             file.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
@@ -132,47 +133,48 @@ def _conversation(row: dict[str, str]) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
-def _joined(job: Job, conversations: list[Any], folder: Path) -> list[Any]:
-    """Neighbours put together while they fit the cut-off."""
-
-    def lengths(some: list[Any]) -> list[int]:
-        return [len(ids) for ids, _ in _tokens(job, some, folder)]
-
-    alone = lengths(conversations)
-    opening = alone[0] + alone[1] - lengths([conversations[0] + conversations[1]])[0]  # what a later turn has not
+def _joined(conversations: list[Any], lengths: list[int], opening: int, limit: int) -> list[Any]:
+    """Neighbours put together while they fit `limit`; a turn after the first lacks the `opening` of a conversation."""
     joined: list[list[dict[str, str]]] = []
     room = 0
-    for conversation, length in zip(conversations, alone, strict=True):
+    for conversation, length in zip(conversations, lengths, strict=True):
         if length > room:
             joined.append([])
-            room = job.max_length - MARGIN
+            room = limit
         joined[-1] += conversation
         room -= length - opening
     return joined
 
 
-def _tokens(job: Job, conversations: list[Any], folder: Path) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of each conversation as Tunery renders it; leaves the rows in rows.jsonl."""
+def _long(job: Job, conversations: list[Any], folder: Path) -> list[Any]:
+    """Conversations as long as the cut-off allows, give or take what tokenising neighbours together changes."""
+    usable, sequences = _tokens(job, conversations[: 16 * job.rows], folder)
+    lengths = [len(ids) for ids, _ in sequences]
+    _, [(pair, _)] = _tokens(job, [usable[0] + usable[1]], folder)
+    return _joined(usable, lengths, lengths[0] + lengths[1] - len(pair), job.max_length - MARGIN)
+
+
+def _tokens(job: Job, conversations: list[Any], folder: Path) -> tuple[list[Any], list[tuple[list[int], list[int]]]]:
+    """The conversations that Tunery uses, and each one's (ids, labels) as it renders them. Leaves the rows in
+    rows.jsonl."""
     from tunery.data.store import TokenStore
-    from tunery.errors import DataError
     from tunery.job import load_job
     from tunery.setup import read_data
 
-    path, limit = folder / ROWS, job.max_length
+    path = folder / ROWS
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations), encoding="utf-8")
     store = read_data(
-        load_job({"model": str(folder / MODEL), "data": data_section(str(path), job.template, limit)})
+        load_job({"model": str(folder / MODEL), "data": data_section(str(path), job.max_length)})
     ).data.train
     assert isinstance(store, TokenStore)
-    if len(store) != len(conversations):
-        raise DataError(f"{path}: job {job.name} gives {len(store)} examples of {len(conversations)} rows")
+    usable = [conversations[store.origin(number)[1] - 1] for number in range(len(store))]
     sequences = [store.sequences(number)[0] for number in range(len(store))]
-    return [(tokens.ids.tolist(), np.where(tokens.weights > 0, tokens.ids, -100).tolist()) for tokens in sequences]
+    return usable, [(t.ids.tolist(), np.where(t.weights > 0, t.ids, -100).tolist()) for t in sequences]
 
 
-def data_section(path: str, template: str, max_length: int) -> dict[str, Any]:
+def data_section(path: str, max_length: int) -> dict[str, Any]:
     """Tunery's `data:` section of a job."""
-    return {"train": path, "template": template, "max_length": max_length, "workers": 1, "cache": False}
+    return {"train": path, "max_length": max_length, "workers": 1, "cache": False}
 
 
 # ------------------------------------------------------------ model
@@ -193,21 +195,40 @@ def _save_model(job: Job, assets: Path, folder: Path) -> None:
     """Random weights in bfloat16, as published ones come, the tokenizer beside them, and LoRA's first weights."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_config(job), dtype=torch.float32).to(torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / job.tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     for name, dtype in ((MODEL_FP32, torch.float32), (MODEL, torch.bfloat16)):
         model.to(dtype).save_pretrained(str(folder / name))
-        tokenizer.save_pretrained(str(folder / name))
+        save_tokenizer(assets / "tokenizers/qwen2.5", job.shape.vocabulary, folder / name)
     if not job.full:
         config = LoraConfig(
             r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
         )
         get_peft_model(model, config).save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
+
+
+def save_tokenizer(source: Path, size: int, folder: Path) -> None:
+    """The tokenizer of `source` with its first merges only, so that it has at most `size` tokens. (transformers gives a
+    Qwen2 model a Qwen2 tokenizer, whatever lies beside it: one of another family would be read wrong.)"""
+    whole = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if size < len(whole["model"]["vocab"]) + len(whole["added_tokens"]):
+        _cut(whole, size)
+        config = {key: value for key, value in config.items() if key not in NUMBERED}
+    for name, values in (("tokenizer.json", whole), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(values), encoding="utf-8")
+
+
+def _cut(whole: dict[str, Any], size: int) -> None:
+    """Keep the first merges and the tokens of the chat template, `size` tokens in all."""
+    special = [token for token in whole["added_tokens"] if token["content"] in SPECIAL]
+    kept = size - len(special)
+    vocabulary = {token: number for token, number in whole["model"]["vocab"].items() if number < kept}
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
+    whole["model"] |= {"vocab": vocabulary, "merges": [pair for pair in pairs if "".join(pair) in vocabulary]}
+    whole["added_tokens"] = [{**token, "id": kept + number} for number, token in enumerate(special)]
 
 
 def _cost(job: Job, folder: Path) -> tuple[Any, int]:

@@ -24,7 +24,7 @@ def values(spec: dict[str, Any], output: str) -> dict[str, Any]:
         model["init_from"] = spec["adapter"]
     return {
         "model": model,
-        "data": data_section(spec["rows_file"], job["template"], job["max_length"]),
+        "data": data_section(spec["rows_file"], job["max_length"]),
         "adapter": "full" if job["full"] else {"kind": "lora", **spec["lora"]},
         "optimizer": {"lr": job["lr"]},
         "schedule": {"kind": "constant", "warmup": 0},

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from bench.contestants import Contestant, ablation, chosen, contestants
-from bench.jobs import JOBS, Prepared, prepare, step_sums, tiny
+from bench.jobs import JOBS, Prepared, prepare, save_tokenizer, step_sums, tiny
 from bench.rivals.recorder import StepClock, packs_per_step, real_tokens
 from bench.rivals.tunery import values
 from bench.summary import largest_difference, page, ratio, speed, summarise, table, wrong_tokens
@@ -212,6 +212,22 @@ def test_the_page_has_every_job_measured(tmp_path):
 
 
 # ------------------------------------------------------------ jobs
+
+
+@pytest.mark.slow
+def test_a_cut_tokenizer_is_the_whole_one_with_fewer_merges(tmp_path):
+    from tunery.models.load import ModelConfig, load_tokenizer
+
+    whole = assets() / "tokenizers/qwen2.5"
+    save_tokenizer(whole, 1000, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    cut, full = (load_tokenizer(ModelConfig(name=str(folder))) for folder in (tmp_path, whole))
+    text = "Making crêpes is an easy process!\n1. 你好"
+    ids = cut(text).input_ids
+    assert len(cut) == 1000 and max(ids) < 1000 and cut.decode(ids) == text
+    assert len(ids) > len(full(text).input_ids)
+    first = {token for token, number in full.get_vocab().items() if number < 997}
+    assert set(cut.get_vocab()) - first == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
 
 
 @pytest.mark.slow
