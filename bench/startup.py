@@ -41,6 +41,7 @@ PHASES = {
     "rows": ("tunery.loop", "read_data"),
     "device": ("tunery.loop", "Engine"),
     "model and adapter": ("tunery.setup", "load_start"),
+    "fast paths": ("tunery.setup", "fuse"),
     "comparing shortcuts": ("tunery.setup", "CausalPolicy"),
     "optimizer, loader and the rest": ("tunery.loop", "set_up"),
 }
@@ -179,22 +180,19 @@ def measure(jobs: list[str], runs: int) -> dict[str, Any]:
 
 
 def breakdown() -> dict[str, Any]:
-    """Of a warm start on the embedded model: seconds of each phase, and of importing, by package."""
+    """Of starts on the embedded model: seconds of each phase, the `first` time (no tokenised data, no kernels compiled)
+    and `warm`; and of importing, by package."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number in range(2):  # the first fills the cache of tokenised data
-            job = write_job(folder, "builtin:tiny", folder / f"run-{number}")
-            done = subprocess.run(
-                [sys.executable, "-m", "bench.startup", "--phases", str(job)], cwd=ROOT, text=True, check=True,
-                env=environment(folder / "cache"), capture_output=True,
-            )  # fmt: skip
-        job = write_job(folder, "builtin:tiny", folder / "run-imports")
-        traced = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "bench.startup", "--phases", str(job)], cwd=ROOT, text=True,
-            check=True, env=environment(folder / "cache"), capture_output=True,
-        )  # fmt: skip
-    phases = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"phases": phases, "imports": import_seconds(traced.stderr)}
+
+        def trace(run: str, *flags: str) -> subprocess.CompletedProcess[str]:
+            job = write_job(folder, "builtin:tiny", folder / run)
+            command = [sys.executable, *flags, "-m", "bench.startup", "--phases", str(job)]
+            env = environment(folder / "cache")
+            return subprocess.run(command, cwd=ROOT, text=True, check=True, env=env, capture_output=True)
+
+        phases = {run: json.loads(trace(run).stdout.strip().splitlines()[-1]) for run in ("first", "warm")}
+        return {"phases": phases, "imports": import_seconds(trace("imports", "-X", "importtime").stderr)}
 
 
 def import_seconds(text: str) -> dict[str, float]:
@@ -289,15 +287,16 @@ def section(result: dict[str, Any]) -> str:
             over = sorted(b / a for a, b in zip(times["Tunery"], times["Trainer"], strict=True))
             ratio = f"{statistics.median(over):.2f} ({over[0]:.2f} to {over[-1]:.2f})"
             lines.append(f"| {JOBS[job]} | {state} | {ours:.2f} s | {theirs:.2f} s | {ratio} |")
-    parts = result["breakdown"]["phases"]
+    first, warm = (result["breakdown"]["phases"][run] for run in ("first", "warm"))
     lines += [
         "",
-        f"Where Tunery's warm start on the embedded model goes ({sum(parts.values()):.2f} s, Python's own start left "
-        "out):",
+        "Where Tunery's start on the embedded model goes, Python's own start left out: the first time on a machine",
+        "(nothing tokenised, no kernels compiled), and warm.",
         "",
-        "| part | seconds |",
-        "| --- | ---: |",
-        *(f"| {label} | {seconds:.2f} |" for label, seconds in parts.items()),
+        "| part | first | warm |",
+        "| --- | ---: | ---: |",
+        *(f"| {label} | {first[label]:.2f} s | {warm[label]:.2f} s |" for label in warm),
+        f"| all | {sum(first.values()):.2f} s | {sum(warm.values()):.2f} s |",
         "",
         "Importing by package, as `python -X importtime` (which makes it slower) counts it: "
         + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in list(result["breakdown"]["imports"].items())[:8])
