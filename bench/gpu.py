@@ -176,10 +176,11 @@ def section(results: list[dict[str, Any]], checked: dict[str, Any] | None) -> st
     ]
     for result in results:
         rounds = len({m["round"] for m in result["measurements"]})
+        kinds = [data for data in DATA if any(m["data"] == data for m in result["measurements"])]
         lines += [
             "",
             f"### {'LoRA' if result['method'] == 'lora' else 'Full fine-tuning'}, Llama's {result['shape'].upper()} "
-            f"shape ({result['parameters'] / 1e9:.2f}B parameters)",
+            f"shape ({result['parameters'] / 1e9:.2f}B parameters), {' and '.join(kinds)} rows",
             "",
             *table(result["measurements"]),
             "",
@@ -236,9 +237,11 @@ def main() -> int:
             save_result("gpu-check", {"checks": [asdict(check) for check in checks]}, results)
         return 0 if all(check.passed for check in checks) else 1
     values = {"method": given.method, "shape": given.shape, "parameters": parameters(given.shape)}
+    # a lent machine may have time for one kind of rows in a sitting: each has its file then
+    name = "-".join(["gpu", given.method, given.shape, *(given.data if set(given.data) != set(DATA) else [])])
     for measurements in measure(given):
         if results is not None:
-            save_result(f"gpu-{given.method}-{given.shape}", {**values, "measurements": measurements}, results)
+            save_result(name, {**values, "measurements": measurements}, results)
     return 0
 
 

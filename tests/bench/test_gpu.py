@@ -185,6 +185,17 @@ def test_the_table():
     assert lines[-1].endswith("out of memory |")
 
 
+def test_the_section_of_a_result():
+    result = {
+        "method": "lora", "shape": "8b", "parameters": 8_030_261_248, "measurements": [measurement()],
+        "command": "c", "machine": "m", "versions": {}, "date": "d",
+    }  # fmt: skip
+    checked = {**result, "checks": [{"what": "attention", "error": 1e-3, "allowed": 1e-2}]}
+    text = gpu.section([result], checked)
+    assert "### LoRA, Llama's 8B shape (8.03B parameters), dense rows" in text
+    assert "1 round. `c` on m;" in text and "| attention | 1.0e-03 | 1e-02 |" in text
+
+
 def test_the_page_without_measurements_says_so():
     text = gpu.section([], None)
     assert "Speed: not measured." in text and text.endswith("Not measured.")
