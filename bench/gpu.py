@@ -168,9 +168,10 @@ def section(results: list[dict[str, Any]], checked: dict[str, Any] | None) -> st
         "`python -m bench.gpu`: random models of Llama 3's shapes in bfloat16 on random tokens, LoRA of rank 16 on all",
         "linear layers or full fine-tuning with float32 weights and AdamW, against transformers.Trainer (with PEFT,",
         "sdpa, padded batches of the fastest size) with gradient checkpointing, its usual setting, and without;",
-        *(f"`{name}`: {what};" for name, what in DATA.items()),
-        "tokens are real ones, medians over rounds in turns, each contestant in its own process. MFU counts the useful",
-        "operations of `tunery/flops.py` over the data sheet's peak, HFU the recomputed ones as well.",
+        "rows are " + " or ".join(f"`{name}` ({what})" for name, what in DATA.items()) + ".",
+        "Tokens are real ones (padding does not count); medians over rounds, each contestant in its own process, in",
+        "turns. MFU counts the useful operations of `tunery/flops.py` over the data sheet's peak, HFU the recomputed",
+        "ones as well.",
         "`python -m bench.gpu --check` compares the kernels with their references on the device;",
         "`python -m pytest -m gpu` runs the tests that need one.",
     ]
