@@ -31,7 +31,7 @@ LAYERS = [
     ["evaluate"],
     ["step", "frozen"],
     ["loop", "replay"],
-    ["compat", "plan.command"],
+    ["compat", "plan.command", "probe"],
     ["api", "chat", "inspect"],
     ["cli", "__main__"],
 ]

@@ -167,13 +167,14 @@ def plan(
     config: Source,
     overrides: Overrides = None,
     device: Annotated[str | None, typer.Option(help="h200, a100-80g, 4090, t4, cpu, ...; default: this one")] = None,
+    probe: Annotated[bool, typer.Option(help="run three real steps here and correct the plan by them")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
 ) -> None:
     """What a run will need before it starts: memory, time, disk, and what makes it fit. Loads no weights."""
     from tunery.plan.command import plan_job
     from tunery.plan.show import print_plan
 
-    made = plan_job(_training_job(config, overrides), device, _console())
+    made = plan_job(_training_job(config, overrides), device, probe, _console())
     if as_json:
         print(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
     else:

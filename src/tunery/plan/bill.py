@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from tunery.devices import Device
-from tunery.job import Job
 from tunery.plan.choose import best, rungs_of
 from tunery.plan.ladder import Change, ladder
 from tunery.plan.planner import Memory, Planner
-from tunery.plan.work import AssumedRows, Rows
+from tunery.plan.work import AssumedRows
 
 
 @dataclass
@@ -45,15 +43,23 @@ class Plan:
         return values
 
 
-def make_plan(job: Job, rows: Rows, device: Device, world: int = 1) -> Plan:
-    """The plan of `job` on `device`, with `world` ranks. Raises ModelError and ConfigError for a model or an adapter
-    that cannot be."""
-    planner = Planner(job, rows, device, world)
-    micro_tokens, rung = best(planner, rungs_of(job, device))
+@dataclass(frozen=True)
+class Measured:
+    """Real steps: tokens of each stream of each step, seconds of each step, and bytes at the worst moment, with what
+    the device's allocator and libraries hold (on a CPU the whole process)."""
+
+    streams: list[list[int]]
+    seconds: list[float]
+    peak: int
+
+
+def make_plan(planner: Planner) -> Plan:
+    """The plan of the planner's job on its device."""
+    job, device, rows = planner.job, planner.device, planner.rows
+    rungs = rungs_of(job, device)
+    micro_tokens, rung = best(planner, rungs)
     memory, work = planner.memory(micro_tokens, rung), planner.work(micro_tokens)
-    seconds = planner.seconds(micro_tokens, rung)
-    fits = memory.total <= device.memory
-    first = rungs_of(job, device)[0]
+    seconds, fits = planner.seconds(micro_tokens, rung), memory.total <= device.memory
     notes = []
     if isinstance(rows, AssumedRows):
         notes.append(
@@ -64,7 +70,7 @@ def make_plan(job: Job, rows: Rows, device: Device, world: int = 1) -> Plan:
         adapter=job.adapter.kind,
         device=device.name,
         device_memory=device.memory,
-        ranks=world,
+        ranks=planner.world,
         dtype=str(planner.dtype).removeprefix("torch."),
         parameters=planner.shadow.parameters,
         trainable=planner.shadow.trainable,
@@ -79,8 +85,30 @@ def make_plan(job: Job, rows: Rows, device: Device, world: int = 1) -> Plan:
         tokens=None if work.steps is None else round(work.tokens * work.steps),
         seconds=None if work.steps is None else seconds * work.steps,
         disk=_disk(planner, work.steps),
-        ladder=[] if fits and (micro_tokens, rung) == (planner.most, first) else ladder(planner),
+        ladder=[] if fits and (micro_tokens, rung) == (planner.most, rungs[0]) else ladder(planner),
         notes=notes,
+    )
+
+
+def corrected(plan: Plan, planner: Planner, measured: Measured) -> Plan:
+    """The plan with its times scaled to those of real steps (the first of them, which warms up, apart), and with the
+    overhead that was there."""
+    line = planner.line(plan.checkpointing)
+    expected = [planner.step_seconds(streams, plan.checkpointing) for streams in measured.streams]
+    skip = 1 if len(expected) > 1 else 0
+    factor = sum(measured.seconds[skip:]) / sum(expected[skip:])
+    largest = max(tokens for streams in measured.streams for tokens in streams)
+    tensors = plan.memory.weights + plan.memory.optimizer + line.memory(largest)
+    memory = replace(plan.memory, overhead=max(0, measured.peak - tensors))
+    note = f"corrected by {len(expected)} real steps: time x {factor:.2f} of what was expected"
+    return replace(
+        plan,
+        memory=memory,
+        fits=memory.total <= plan.device_memory,
+        tokens_per_second=plan.tokens_per_second / factor,
+        seconds_per_step=plan.seconds_per_step * factor,
+        seconds=None if plan.seconds is None else plan.seconds * factor,
+        notes=[*plan.notes, note],
     )
 
 

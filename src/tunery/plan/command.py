@@ -6,47 +6,56 @@ import os
 from typing import Any
 
 from tunery.data.sources import locate
-from tunery.data.store import TokenStore
+from tunery.data.stream import StreamingExamples
 from tunery.devices import known_device, this_device
 from tunery.errors import ConfigError, DataError, ModelError
 from tunery.job import Job
 from tunery.models.load import load_config
-from tunery.plan.bill import Plan, make_plan
-from tunery.plan.work import AssumedRows, Rows
-from tunery.setup import read_data
+from tunery.plan.bill import Plan, corrected, make_plan
+from tunery.plan.planner import Planner
+from tunery.plan.work import AssumedRows
+from tunery.probe import probe
+from tunery.setup import Read, read_data
 
 
-def plan_job(job: Job, device: str | None = None, console: Any = None) -> Plan:
-    """The plan of `job` on this machine, or on a `device` by name. Rows that are not there, or come as a stream, are
-    assumed to be as long as they may be, and the plan says so. Raises ConfigError for an unknown device, ModelError
-    for a model that cannot be, and DataError for rows that are there and cannot be used."""
+def plan_job(job: Job, device: str | None = None, probing: bool = False, console: Any = None) -> Plan:
+    """The plan of `job` on this machine, or on a `device` by name; with `probing`, corrected by three real steps here.
+    Rows that are not there, or come as a stream, are assumed to be as long as they may be, and the plan says so. Raises
+    ConfigError for an unknown device, ModelError for a model that cannot be, and DataError for rows that are there and
+    cannot be used."""
     load_config(job.model)
+    if probing and device:
+        raise ConfigError("--probe: runs on this machine; leave out --device")
     found = known_device(device) if device else this_device()
-    rows, note = rows_of(job, console)
-    plan = make_plan(job, rows, found, int(os.environ.get("WORLD_SIZE", "1")))
+    read, note = read_rows(job, console)
+    if probing and read is None:
+        raise ConfigError(f"--probe: needs the rows ({note})")
+    rows = AssumedRows(job.train.batch_size, job.data.max_length) if read is None else read.data.train
+    assert not isinstance(rows, StreamingExamples)
+    planner = Planner(job, rows, found, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = make_plan(planner)
     if note:
         plan.notes.insert(0, note)
+    if probing and read is not None:
+        plan = corrected(plan, planner, probe(job, read, plan.micro_tokens, plan.checkpointing))
     return plan
 
 
-def rows_of(job: Job, console: Any = None) -> tuple[Rows, str | None]:
-    """The tokenised rows, or assumed ones and why."""
-    assumed = AssumedRows(job.train.batch_size, job.data.max_length)
+def read_rows(job: Job, console: Any = None) -> tuple[Read | None, str | None]:
+    """The tokenised rows, or None and why there are none."""
     if not job.data.train:
-        return assumed, "data.train: no data given"
+        return None, "data.train: no data given"
     if job.data.streaming:
-        return assumed, "data.streaming: rows are read while training"
+        return None, "data.streaming: rows are read while training"
     try:
         located = [locate(s, f"data.train[{i}]", job.data.dataset_dir) for i, s in enumerate(job.data.train)]
     except (ConfigError, DataError) as error:
-        return assumed, str(error)
+        return None, str(error)
     try:
-        data = read_data(job, console).data.train
+        return read_data(job, console), None
     except DataError as error:
         if any(source.hub for source in located):
-            return assumed, str(error)
+            return None, str(error)
         raise
     except ModelError as error:  # a config.json without a tokenizer beside it
-        return assumed, str(error)
-    assert isinstance(data, TokenStore)
-    return data, None
+        return None, str(error)

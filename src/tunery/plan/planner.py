@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
@@ -142,10 +143,14 @@ class Planner:
 
     def seconds(self, micro_tokens: int, rung: str) -> float:
         """Of a mean optimizer step."""
-        streams = self.work(micro_tokens).streams
+        steps = self.work(micro_tokens).streams
+        return sum(self.step_seconds(streams, rung) for streams in steps) / len(steps)
+
+    def step_seconds(self, streams: Sequence[int], rung: str) -> float:
+        """Of a step with streams of so many tokens."""
         line, rates = self.line(rung), self.device.rates
         update = sum(often * rates.seconds(*operation) for operation, often in self.optimizer[2].items())
-        return sum(line.seconds(tokens) for step in streams for tokens in step) / len(streams) + update
+        return sum(line.seconds(tokens) for tokens in streams) + update
 
     def _busy(self, profile: Profile) -> float:
         """Seconds of one micro-batch."""

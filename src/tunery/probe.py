@@ -1,0 +1,73 @@
+"""Three real steps of a job on this device: what they take is what the plan is corrected by.
+
+Weights are loaded and updated in memory; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from tunery.engine import Engine
+from tunery.errors import ConfigError
+from tunery.guard import Gate
+from tunery.job import Job
+from tunery.plan.bill import Measured
+from tunery.report import NullReport
+from tunery.setup import Read, Run, resolve, set_up
+from tunery.step import gradients, total_weight, update
+
+STEPS = 3
+
+
+def probe(job: Job, read: Read, micro_tokens: int, rung: str) -> Measured:
+    """Run three steps of `job`, cut as planned. Raises ConfigError where the data come as a stream, and what a run
+    itself would raise."""
+    if job.data.streaming:
+        raise ConfigError("--probe: takes rows that are read before training; data.streaming is on")
+    train = job.train.model_copy(update={"micro_tokens": micro_tokens, "checkpointing": rung, "resume": False})
+    engine = Engine(job.model.dtype)
+    try:
+        run = set_up(resolve(job.model_copy(update={"train": train}), engine, read), engine, read, None)
+        _forget_peak(engine)
+        run.model.train()
+        gate = Gate(run.optimizer, engine.device)
+        done = [_step(run, gate, step) for step in range(min(STEPS, run.total_steps))]
+        return Measured([streams for streams, _ in done], [seconds for _, seconds in done], _peak(engine))
+    finally:
+        engine.close()
+
+
+def _step(run: Run, gate: Gate, step: int) -> tuple[list[int], float]:
+    """The tokens of its streams, and seconds."""
+    work = run.loader.step(step)
+    start = time.perf_counter()
+    weight, _ = total_weight(run, work, interrupted=False)
+    loss, metrics = gradients(run, NullReport(), step, work, weight)
+    update(run, gate, step, work, weight, loss, metrics).numbers.read()
+    if run.engine.device.type == "cuda":
+        torch.cuda.synchronize(run.engine.device)
+    return [batch.n_tokens for batch in work.recut(run.cut).micro], time.perf_counter() - start
+
+
+def _forget_peak(engine: Engine) -> None:
+    """What loading took is not what training takes."""
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+        return
+    with suppress(OSError):  # Linux: the high-water mark begins again
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(engine: Engine) -> int:
+    """Bytes, with what the allocator holds beside the tensors."""
+    if engine.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(engine.device)
+        return total - free
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return engine.memory()
