@@ -19,7 +19,8 @@ Rows = list[dict[str, list[int]]]
 def packed(rows: Rows, length: int) -> Rows:
     """Rows as its `neat_packing` stores them: chosen by its own knapsack, numbered from 1 in the attention mask, and
     padded to one more than its cut-off. That one must be a multiple of 8: its collator pads to such, but not the
-    positions."""
+    positions. Longer rows are left out, as it does."""
+    rows = [row for row in rows if len(row["input_ids"]) < length]
     by_length: dict[int, Rows] = defaultdict(list)
     for row in rows:
         by_length[len(row["input_ids"])].append(row)
