@@ -170,7 +170,7 @@ def measured_rates(kind: str, name: str) -> Rates:
 def _measure(device: torch.device) -> Rates:
     """The best of a few repetitions: a plan is for a machine with nothing else to do."""
     large = device.type == "cuda"
-    side = 4096 if large else 1024
+    side = 4096 if large else 512
 
     def product(dtype: torch.dtype) -> float:
         a = torch.randn(side, side, device=device).to(dtype)

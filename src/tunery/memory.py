@@ -10,6 +10,7 @@ layer's backward, what comes after), and a Profile strings the spans of one of e
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 LOW = (torch.bfloat16, torch.float16)
 # (in 16 bits, floating-point operations, bytes read and written) of one operation.
@@ -85,10 +86,8 @@ class Ledger(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor]) -> None:
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-        if func is torch.ops.aten._grouped_mm.default:
-            flops = 2 * args[0].numel() * args[1].shape[-1]
         moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         low = any(t.dtype in LOW for t in inputs)
         self.spans[-1].work[low, flops, moved] += 1
@@ -110,6 +109,24 @@ class Ledger(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self.live -= size
         self.spans[-1].freed[self._made_in.pop(key)] += size
+
+
+def _product(a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of [..., M, K] by [..., K, N]."""
+    return 2 * math.prod(a_shape) * b_shape[-1]
+
+
+def _added_product(_sum_shape: Any, a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> int:
+    return _product(a_shape, b_shape)
+
+
+# Products that torch's own count passes over, as functions of shapes (as FlopCounterMode's custom_mapping takes them).
+MORE_FLOPS = {
+    torch.ops.aten.addmm_: _added_product,
+    torch.ops.aten.baddbmm_: _added_product,
+    torch.ops.aten._grouped_mm: _product,
+}
+_FORMULAS = flop_registry | {name: shape_wrapper(formula) for name, formula in MORE_FLOPS.items()}
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tensor:

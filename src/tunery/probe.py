@@ -22,9 +22,9 @@ from tunery.step import gradients, total_weight, update
 STEPS = 3
 
 
-def probe(job: Job, read: Read, micro_tokens: int, rung: str) -> Measured:
-    """Run three steps of `job`, cut as planned. Raises ConfigError where the data come as a stream, and what a run
-    itself would raise."""
+def probe(job: Job, read: Read, micro_tokens: int, rung: str, steps: int = STEPS) -> Measured:
+    """Run the first `steps` of `job`, cut as planned. Raises ConfigError where the data come as a stream, and what a
+    run itself would raise."""
     if job.data.streaming:
         raise ConfigError("--probe: takes rows that are read before training; data.streaming is on")
     train = job.train.model_copy(update={"micro_tokens": micro_tokens, "checkpointing": rung, "resume": False})
@@ -34,7 +34,7 @@ def probe(job: Job, read: Read, micro_tokens: int, rung: str) -> Measured:
         _forget_peak(engine)
         run.model.train()
         gate = Gate(run.optimizer, engine.device)
-        done = [_step(run, gate, step) for step in range(min(STEPS, run.total_steps))]
+        done = [_step(run, gate, step) for step in range(min(steps, run.total_steps))]
         return Measured([streams for streams, _ in done], [seconds for _, seconds in done], _peak(engine))
     finally:
         engine.close()

@@ -69,6 +69,13 @@ def _blocks(lengths: Sequence[int], size: int, window: int | None) -> list[tuple
     return blocks
 
 
+def pairs(lengths: Sequence[int], dtype: torch.dtype, window: int | None = None) -> int:
+    """(query, key) pairs whose scores are made, in a forward in this dtype: those in the blocks, the masked ones
+    included."""
+    blocks = _blocks(lengths, BLOCK.get(dtype, 64), window)
+    return sum((end - first) * (end - seen) for seen, first, end in blocks)
+
+
 def _probabilities(q: Tensor, k: Tensor, before: int, rows: int, window: int | None) -> Tensor:
     """softmax of the scores of a block: q [kv, G * rows, D], k [kv, before + rows, D] -> [kv, G * rows, keys]."""
     scores = torch.bmm(q, k.transpose(1, 2))

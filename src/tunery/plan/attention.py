@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunery.kernels import segment_attention
 from tunery.models import attention
 
 NAME = "tunery_plan"
@@ -46,7 +47,10 @@ def standing_in(
         device = query.device.type
         if torch.is_autocast_enabled(device):
             query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-        pairs = sum(_pairs(length, sliding_window) for length in lengths)
+        if fused:
+            pairs = sum(_pairs(length, sliding_window) for length in lengths)
+        else:
+            pairs = segment_attention.pairs(lengths, query.dtype, sliding_window)
         return _Attention.apply(query, key, value, pairs, fused, note_work), None
 
     attention.HOOKS[NAME] = hook

@@ -13,7 +13,8 @@ from tunery.plan.work import AssumedRows
 
 @dataclass
 class Plan:
-    """Sizes in bytes, times in seconds. `tokens` of the whole run; None where the end of the data is not known."""
+    """Sizes in bytes, times in seconds. `flops_per_token` are the useful ones (flops.py). `tokens` of the whole run;
+    None where the end of the data is not known."""
 
     model: str
     adapter: str
@@ -28,6 +29,7 @@ class Plan:
     memory: Memory
     fits: bool
     flops_per_token: float
+    executed_flops_per_token: float
     tokens_per_second: float
     seconds_per_step: float
     steps: int | None
@@ -79,6 +81,7 @@ def make_plan(planner: Planner) -> Plan:
         memory=memory,
         fits=fits,
         flops_per_token=planner.flops_per_token,
+        executed_flops_per_token=planner.executed_flops(micro_tokens, rung),
         tokens_per_second=work.tokens / seconds,
         seconds_per_step=seconds,
         steps=work.steps,

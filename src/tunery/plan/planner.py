@@ -159,6 +159,12 @@ class Planner:
         busy = sum(often * rates.seconds(*operation) for operation, often in operations.items())
         return max(launch, busy) if rates.overlaps else launch + busy
 
+    def executed_flops(self, micro_tokens: int, rung: str) -> float:
+        """Of a token, whatever they are for: what is recomputed and the masked part of attention included."""
+        stream = self.work(micro_tokens).largest
+        work = self.profile(stream, rung, self.work(micro_tokens).accumulates).work()
+        return sum(flops * often for (_, flops, _), often in work.items()) / stream.tokens
+
     @cached_property
     def flops_per_token(self) -> float:
         """Useful ones (see flops.py)."""

@@ -107,7 +107,10 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         ("device", f"{plan.device}{ranks}, {size(plan.device_memory)} of memory"),
         ("memory", f"{size(plan.memory.total)}: {verdict}"),
         ("cut", f"micro-batches of up to {plan.micro_tokens:,} tokens, checkpointing {plan.checkpointing}"),
-        ("arithmetic", f"{plan.flops_per_token / 1e9:.3g} GFLOP a token"),
+        (
+            "arithmetic",
+            f"{plan.flops_per_token / 1e9:.3g} GFLOP a token ({plan.executed_flops_per_token / 1e9:.3g} executed)",
+        ),
         ("speed", f"about {plan.tokens_per_second:,.0f} tokens/s, {duration(plan.seconds_per_step)} a step"),
     ]
     if plan.steps is not None and plan.tokens is not None and plan.seconds is not None:

@@ -1,0 +1,279 @@
+"""How true a plan is: its arithmetic against torch's FlopCounterMode, its memory and its time against real training.
+
+    python -m bench.plan [--steps 8] [--only flops memory]
+
+- flops: six shapes of model with LoRA, full and freeze-tuning. `counted` is what FlopCounterMode sees of one forward
+  and backward of the real path (the head on labelled rows alone, attention sequence by sequence and written out in
+  blocks, of which it counts the masked half as well), `planned` what the plan counts on shapes, and `useful` the closed
+  form of flops.py, that MFU is made of.
+- memory and time: five jobs on a random Qwen2 of 46.5M parameters, each in a process of its own. `allocated` is the
+  highest sum of what torch's profiler saw the CPU allocator hand out and take back, `process` the process's highest
+  resident memory in a second run without the profiler. The plan is made beforehand. Time: the plan after `--probe`
+  (three steps) against the steps of a run that follows it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.results_page import HERE, described, save_result, write_section
+
+WORDS = ("patient", "tablets", "were", "given", "after", "each", "meal", "for", "three", "weeks", "and", "felt", "well")
+
+
+# ------------------------------------------------------------ arithmetic
+
+FLOP_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "Qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 32}),
+    "Gemma 2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64}),
+    "GPT-2": ("GPT2Config", {}),
+    "Qwen2-MoE": (
+        "Qwen2MoeConfig",
+        {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+         "shared_expert_intermediate_size": 128},
+    ),
+}  # fmt: skip
+COMMON = {"vocab_size": 2048, "hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 12,
+          "max_position_embeddings": 512}  # fmt: skip
+LENGTHS, LABELLED = (96, 160, 128, 64), 224
+
+
+def measure_flops(family: str, adapter: str) -> dict[str, Any]:
+    """FLOPs of one micro-batch: counted, planned, useful."""
+    import torch
+    import transformers
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tunery.config import build
+    from tunery.flops import cost_of, flops_per_token
+    from tunery.job import load_job
+    from tunery.memory import MORE_FLOPS
+    from tunery.models.fuse import fuse
+    from tunery.models.load import hook_attention, load_model
+    from tunery.plan.shadow import Shadow, Stream, trace
+    from tunery.policy import CausalPolicy
+    from tunery.types import Batch
+
+    name, options = FLOP_SHAPES[family]
+    wide = {} if family == "GPT-2" else {"intermediate_size": 640}
+    with tempfile.TemporaryDirectory() as folder:
+        getattr(transformers, name)(**{**COMMON, **wide, **options}).save_pretrained(folder)
+        job = load_job({"model": {"name": folder, "random_init": True, "dtype": "float32"}, "adapter": adapter})
+        model = load_model(job.model, torch.float32)
+        hook_attention(model)
+        model = build("adapters", job.adapter).apply(model)
+        fuse(model, job.kernels, torch.float32)
+        policy, objective = CausalPolicy(model, dtype=torch.float32), build("objectives", job.objective)
+        tokens = sum(LENGTHS)
+        ids = torch.randint(3, 2000, (tokens,))
+        bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+        batch = Batch(
+            ids_T=ids, targets_T=ids, weights_T=torch.ones(tokens),
+            positions_T=torch.cat([torch.arange(n) for n in LENGTHS]), cu_seqlens=bounds, max_seqlen=max(LENGTHS),
+            labelled_N=torch.arange(LABELLED), lengths=list(LENGTHS),
+        )  # fmt: skip
+        with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
+            objective.loss(policy, batch).sum.backward()
+        shapes = Shadow(job, torch.float32)
+        work = trace(shapes, objective, Stream(LENGTHS, LABELLED)).work()
+        mean = sum(n * n for n in LENGTHS) / tokens
+        useful = tokens * flops_per_token(cost_of(shapes.model), labelled=LABELLED / tokens, mean_length=mean)
+    planned = sum(flops * often for (_, flops, _), often in work.items())
+    return {"family": family, "adapter": adapter, "counted": counter.get_total_flops(), "planned": planned,
+            "useful": useful}  # fmt: skip
+
+
+# ------------------------------------------------------------ memory and time
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job. `tokens`: lengths of its rows between these, in words."""
+
+    name: str
+    adapter: str
+    train: dict[str, Any] = field(default_factory=dict)
+    words: tuple[int, int] = (40, 400)
+    batch_size: int = 4
+
+
+CASES = (
+    Case("LoRA", "lora"),
+    Case("full", "full"),
+    Case("freeze, 2 layers", "freeze"),
+    Case("LoRA, checkpointing full", "lora", {"checkpointing": "full"}),
+    Case("LoRA, micro-batches of 4,096 tokens", "lora", {"micro_tokens": 4096}, batch_size=16),
+)
+
+
+def make_model(folder: Path) -> None:
+    """A random Qwen2 of 46.5M parameters with the embedded model's tokenizer, whose ids are the first of 32,000."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from tunery.models.load import ModelConfig, load_tokenizer
+
+    tokenizer = load_tokenizer(ModelConfig())
+    config = Qwen2Config(
+        vocab_size=32_000, hidden_size=512, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=2,
+        intermediate_size=1536, max_position_embeddings=4096, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_job(case: Case, folder: Path, steps: int) -> dict[str, Any]:
+    """The job as a mapping, with its rows on disk."""
+    draw = random.Random(0)
+    path = folder / f"rows-{case.words[0]}-{case.words[1]}-{case.batch_size}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(case.batch_size * steps):
+            question, answer = (draw.choices(WORDS, k=draw.randint(*case.words) // 2) for _ in range(2))
+            messages = [{"role": "user", "content": " ".join(question)},
+                        {"role": "assistant", "content": " ".join(answer)}]  # fmt: skip
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return {
+        "model": str(folder / "model"),
+        "data": {"train": str(path), "cache": False, "workers": 1, "max_length": 2048},
+        "adapter": case.adapter,
+        "train": {"batch_size": case.batch_size, "epochs": 1, "checkpointing": "none", **case.train},
+        "output": str(folder / "run"),
+    }
+
+
+def child(job: dict[str, Any], profiled: bool, steps: int) -> dict[str, Any]:
+    """In a process of its own: the plan, then three steps to correct it by, then the steps it is held against."""
+
+    from torch.profiler import ProfilerActivity, profile
+
+    from tunery import probe
+    from tunery.devices import this_device
+    from tunery.job import load_job
+    from tunery.plan.bill import corrected, make_plan
+    from tunery.plan.planner import Planner
+    from tunery.setup import read_data
+
+    parsed = load_job(job)
+    read = read_data(parsed)
+    planner = Planner(parsed, read.data.train, this_device("cpu"))  # type: ignore[arg-type]
+    plan = make_plan(planner)
+    options = (parsed, read, plan.micro_tokens, plan.checkpointing)
+    if profiled:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            probe.probe(*options, steps=steps)
+        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        live = peak = 0
+        memory: list[Any] = [event for event in events if event.name() == "[memory]"]
+        for _, change in sorted((event.start_ns(), event.nbytes()) for event in memory):
+            live += change
+            peak = max(peak, live)
+        return {"planned": plan.memory.total - plan.memory.overhead, "allocated": peak, "plan": plan.to_dict()}
+    measured = probe.probe(*options)
+    after = probe.probe(*options, steps=steps)
+    plan_after = corrected(plan, planner, measured)
+    expected = [planner.step_seconds(streams, plan.checkpointing) for streams in after.streams[1:]]
+    factor = plan_after.seconds_per_step / plan.seconds_per_step
+    return {
+        "planned_process": plan.memory.total, "process": after.peak, "unprobed_seconds": sum(expected),
+        "planned_seconds": factor * sum(expected), "seconds": sum(after.seconds[1:]),
+    }  # fmt: skip
+
+
+def run_child(job: dict[str, Any], profiled: bool, steps: int) -> dict[str, Any]:
+    spec = json.dumps({"job": job, "profiled": profiled, "steps": steps})
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.plan", "--child", spec], capture_output=True, text=True, cwd=HERE.parent
+    )
+    if done.returncode:
+        raise RuntimeError(f"{job['adapter']}: the measured process failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------ the page
+
+
+def off(planned: float, measured: float) -> str:
+    return f"{planned / measured - 1:+.1%}"
+
+
+def flop_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| model | adapter | counted | planned | | useful | |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        counted, planned, useful = (row[key] for key in ("counted", "planned", "useful"))
+        lines.append(
+            f"| {row['family']} | {row['adapter']} | {counted / 1e9:.2f} G | {planned / 1e9:.2f} G | "
+            f"{off(planned, counted)} | {useful / 1e9:.2f} G | {off(useful, counted)} |"
+        )
+    return lines
+
+
+def job_tables(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| job | allocated | planned | | process | planned | |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for row in rows:
+        a, p, whole, planned = (row[k] / 1e6 for k in ("allocated", "planned", "process", "planned_process"))
+        lines.append(
+            f"| {row['case']['name']} | {a:.0f} MB | {p:.0f} MB | {off(p, a)} | {whole:.0f} MB | {planned:.0f} MB | "
+            f"{off(planned, whole)} |"
+        )
+    lines += ["", "| job | seconds | after the probe | | before it | |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        real, planned, before = (row[key] for key in ("seconds", "planned_seconds", "unprobed_seconds"))
+        lines.append(
+            f"| {row['case']['name']} | {real:.2f} | {planned:.2f} | {off(planned, real)} | {before:.2f} | "
+            f"{off(before, real)} |"
+        )
+    return lines
+
+
+def markdown(result: dict[str, Any]) -> str:
+    return "\n".join([
+        "## The plan against what happens", "", described(result), "",
+        f"Arithmetic of one micro-batch of {sum(LENGTHS)} tokens, {LABELLED} of them trained on, against torch's "
+        "FlopCounterMode. The counter sees matrix products, not fused attention; ours on a CPU is made of products in "
+        "blocks of 64 queries, so it counts the masked part of each. `useful` is the closed form that MFU is made of: "
+        "it takes a causal half of attention, and gives the first layer's input a gradient that is not made.", "",
+        *flop_table(result["flops"]), "",
+        "Memory at the worst moment: `allocated` by torch's CPU allocator (its profiler's count), and resident in the "
+        "whole `process`. Random Qwen2 of 46.5M parameters in bfloat16, rows of 40 to 400 words, batch 4 (16 in the "
+        "last).", "",
+        *job_tables(result["jobs"]), "",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8, help="real steps of each job")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(child(**json.loads(arguments.child))))
+        return
+    flops = [measure_flops(family, adapter) for family in FLOP_SHAPES for adapter in ("lora", "full", "freeze")]
+    print("\n".join(flop_table(flops)))
+    jobs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        for case in CASES:
+            job = make_job(case, folder, arguments.steps)
+            numbers = run_child(job, True, arguments.steps) | run_child(job, False, arguments.steps)
+            jobs.append({"case": asdict(case), **numbers})
+            print("\n".join(job_tables(jobs[-1:])))
+    result = {"flops": flops, "jobs": jobs}
+    path = save_result("plan", result)
+    write_section("plan", markdown(json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
