@@ -43,8 +43,8 @@ def data_sets(assets: Path, rows: int) -> dict[str, dict[str, Any]]:
     demo = {**common, "dataset_dir": str(assets / "datasets/llamafactory")}
     return {
         f"Dolly, {rows} rows": {"data": {**common, "train": [dolly]}, "train": {"epochs": 3}},
-        # a few of its rows are in Chinese, which one of the vocabularies cannot write
-        "identity": {"data": {**demo, "train": ["identity"], "max_bad": 0.2}, "train": {"epochs": 20}},
+        # 75 of its 91 rows are in Chinese, which TinyStories' vocabulary (it has no bytes) cannot write: refused there
+        "identity": {"data": {**demo, "train": ["identity"], "max_bad": 1.0}, "train": {"epochs": 20}},
         # with 512 tokens many rows hold nothing but their tools; more than the usual share may be left out
         "glaive_toolcall_en": {
             "data": {**demo, "train": ["glaive_toolcall_en_demo"], "max_bad": 1.0},
@@ -93,6 +93,7 @@ def keep(result: dict[str, Any]) -> None:
     older = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     results = [r for r in older if any(r[name] != result[name] for name in names)] + [result]
     results.sort(key=lambda r: [r[name] for name in names], reverse=True)
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "REAL_INPUT.md").write_text(table(results))
 
