@@ -326,11 +326,17 @@ def announce(run: Run) -> list[str]:
 
 def make_policy(job: Job, model: Any, dtype: torch.dtype, probe: bool = True) -> CausalPolicy:
     """The policy of a model with its adapter, the fast paths put into the model. `probe` as CausalPolicy's."""
-    fuse(model, job.kernels, dtype)
-    return CausalPolicy(
+    fused = fuse(model, job.kernels, dtype)
+    policy = CausalPolicy(
         model, dtype=dtype, neftune=job.train.neftune, max_length=job.data.max_length, probe=probe,
         reference_head=job.kernels.head == "reference",
     )  # fmt: skip
+    if fused.refused:
+        policy.notes.append(
+            f"{', '.join(sorted(fused.refused))} run the library's own code, because they do something that the fast "
+            "paths do not (slower, same result)"
+        )
+    return policy
 
 
 def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:

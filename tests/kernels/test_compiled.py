@@ -168,3 +168,31 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNERY_CACHE", str(tmp_path / "file"))
     assert compiled.library.__wrapped__().silu_forward_b
+
+
+def test_a_broken_library_is_built_again_and_an_unloadable_one_is_an_error_of_ours(tmp_path, monkeypatch):
+    from tunery.errors import TuneryError
+    from tunery.kernels import compiled
+
+    monkeypatch.setenv("TUNERY_CACHE", str(tmp_path / "one"))
+    compiled.library.cache_clear()
+    try:
+        compiled.library()
+        (built,) = (tmp_path / "one" / "kernels").glob("*.so")
+        broken = tmp_path / "other" / "kernels" / built.name
+        broken.parent.mkdir(parents=True)
+        broken.touch()
+        monkeypatch.setenv("TUNERY_CACHE", str(tmp_path / "other"))
+        compiled.library.cache_clear()
+        compiled.library()
+        assert broken.stat().st_size > 0
+
+        nothing = tmp_path / "nothing"
+        nothing.write_text("#!/bin/sh\nexit 0\n")
+        nothing.chmod(0o755)
+        monkeypatch.setenv("CXX", str(nothing))
+        compiled.library.cache_clear()
+        with pytest.raises(TuneryError, match="cannot be built or loaded"):
+            compiled.library()
+    finally:
+        compiled.library.cache_clear()

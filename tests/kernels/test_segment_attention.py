@@ -35,6 +35,17 @@ def test_value_and_gradient_equal_one_by_one(shape, lengths, window):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+def test_values_may_be_narrower_than_keys():
+    """DeepSeek's latent attention has 24 numbers a key and 16 a value. Oracle: torch's, as above."""
+    query, key, _ = tensors(4, 2, 24, 100)
+    value = torch.randn(100, 2, 16, dtype=torch.float64, requires_grad=True).transpose(0, 1)
+    results = []
+    for function in (segment_attention, reference):
+        out = function(query, key, value, [70, 30], 0.3)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [query, key, value])])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+
+
 def test_result_is_contiguous_and_ready_for_the_output_projection():
     out = segment_attention(*tensors(4, 2, 8, 10), [3, 7], 0.5)
     assert out.shape == (10, 4, 8) and out.is_contiguous()
@@ -54,7 +65,10 @@ def test_bfloat16_is_as_near_to_float64_as_the_library_in_bfloat16(spread):
     def errors(function):
         out = function(*rough_inputs)
         got = [out, *torch.autograd.grad(out, rough_inputs, upstream.to(torch.bfloat16))]
-        return [float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(got, wanted, strict=True)]
+        return [
+            float((a.detach().double() - b.detach()).norm() / b.detach().norm())
+            for a, b in zip(got, wanted, strict=True)
+        ]
 
     ours = errors(lambda q, k, v: segment_attention(q, k, v, lengths, scale))
     eager = errors(lambda q, k, v: _eager(q, k, v, lengths, scale))

@@ -179,3 +179,101 @@ def test_what_is_fused_does_not_depend_on_the_updates():
             torch.nn.init.zeros_(parameter)
     trained = lora(tiny_model("qwen2"))
     assert fuse(fresh, KernelsConfig(), torch.float64) == fuse(trained, KernelsConfig(), torch.float64)
+
+
+def test_a_formula_that_a_few_tokens_cannot_show_is_left_to_the_library():
+    """OLMo's clipping acts on large values, StarCoder 2's dropout in training, Ministral 3's scaling far along."""
+    import transformers
+
+    from tiny_models import SHAPE
+    from tunery.models.load import hook_attention
+
+    cases = {
+        "OlmoConfig": {"clip_qkv": 8.0},
+        "Starcoder2Config": {"residual_dropout": 0.5},
+        "Ministral3Config": {"head_dim": 8},
+    }
+    for name, options in cases.items():
+        config = getattr(transformers, name)(**{**SHAPE, **options})
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        assert hook_attention(model)
+        assert "attention" not in fuse(model, KernelsConfig(), torch.float32).counts, name
+
+
+def test_a_model_that_takes_no_packed_stream_is_asked_one_sequence_at_a_time():
+    """Qwen 3.5's linear attention refuses a packed stream; oracle: the same job without fast paths."""
+    import transformers
+
+    from tiny_models import SHAPE
+    from tunery.models.load import hook_attention
+
+    options = {
+        **SHAPE, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    }  # fmt: skip
+    losses = []
+    for kernels in (KernelsConfig(), REFERENCE):
+        torch.manual_seed(0)
+        config = transformers.Qwen3_5TextConfig(**options)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        hook_attention(model)
+        fuse(model, kernels, torch.float32)
+        policy = CausalPolicy(model)
+        assert not policy.packs
+        losses.append(policy.nll(collate(random_sequences())))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_wider_than_values():
+    """DeepSeek's latent attention."""
+    import transformers
+
+    from tiny_models import SHAPE
+    from tunery.models.load import hook_attention
+
+    options = {
+        **SHAPE, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+    losses = []
+    for kernels in (KernelsConfig(), REFERENCE):
+        torch.manual_seed(0)
+        config = transformers.DeepseekV2Config(**options)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        assert hook_attention(model, reference=kernels.attention == "reference")
+        fuse(model, kernels, torch.float32)
+        losses.append(CausalPolicy(model).nll(collate(random_sequences())))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_of_attention_that_is_trained_whole_keeps_its_own_layer_s_window():
+    """PEFT's modules_to_save on layers that differ. Oracle: PEFT with the library's code."""
+    results = []
+    for kernels in (KernelsConfig(), REFERENCE):
+        model = lora(
+            tiny_model("gemma3", torch.float32, num_hidden_layers=3, layer_types=["sliding_attention", "full_attention",
+            "sliding_attention"]), modules_to_save=["self_attn"],
+        )  # fmt: skip
+        fuse(model, kernels, torch.float32)
+        results.append(outcome(model, torch.float32))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_trained_biases_beneath_an_update_are_left_to_peft():
+    model = lora(tiny_model("qwen2", torch.float32), bias="lora_only")
+    counts = fuse(model, KernelsConfig(), torch.float32).counts
+    assert counts["lora"] == 14 - 6  # q, k and v of two layers have biases
+    outcome(model, torch.float32)
+
+
+def test_whoever_watches_a_projection_sees_it():
+    model = lora(tiny_model("llama", torch.float32))
+    fuse(model, KernelsConfig(), torch.float32)
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj.base_layer", "up_proj")):
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    outcome(model, torch.float32)
+    assert sum("q_proj" in name for name in seen) >= 2 and sum("up_proj" in name for name in seen) >= 2

@@ -67,17 +67,24 @@ def library() -> ctypes.CDLL:
     program = compiler()
     if not available() or program is None:
         raise TuneryError("compiled kernels need Linux and a C++ compiler (g++ or clang++, or $CXX): none was found")
-    source = SOURCE.read_bytes()
-    name = hashlib.sha256(repr((source, FLAGS, program, _processor())).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, program, _processor())).encode()).hexdigest()[:16]
     folder = cache_folder() / "kernels"
-    try:
+    with suppress(OSError):  # a home that cannot be written, or nothing in it may be run
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"elementwise-{name}.so"
-        if not path.exists():
-            _build(program, path)
-    except OSError:  # a home that cannot be written: build for this process alone
-        path = Path(tempfile.mkdtemp(prefix="tunery-")) / "elementwise.so"
-        _build(program, path)
+        return _loaded(program, folder / f"elementwise-{name}.so")
+    try:
+        with tempfile.TemporaryDirectory(prefix="tunery-") as private:  # what is loaded stays when its file goes
+            return _loaded(program, Path(private) / "elementwise.so")
+    except OSError as error:
+        raise TuneryError(f"the compiled kernels cannot be built or loaded here: {error}") from error
+
+
+def _loaded(program: str, path: Path) -> ctypes.CDLL:
+    """The library at `path`, built first where it is missing, or is there and broken."""
+    if path.exists():
+        with suppress(OSError):
+            return ctypes.CDLL(str(path))
+    _build(program, path)
     return ctypes.CDLL(str(path))
 
 
@@ -178,4 +185,6 @@ def _build(program: str, path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise TuneryError(f"the kernels could not be compiled: {' '.join(command)}\n{done.stderr.strip()}")
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(made, path)

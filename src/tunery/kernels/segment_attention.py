@@ -27,8 +27,8 @@ def segment_attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v over positions j <= i of the same sequence (and i - j < `window`, where given).
 
-    query [heads, T, D]; key, value [kv_heads, T, D], heads a multiple of kv_heads; `lengths` of the sequences, summing
-    to T. Returns [T, heads, D], contiguous."""
+    query [heads, T, D]; key [kv_heads, T, D]; value [kv_heads, T, Dv]; heads a multiple of kv_heads; `lengths` of the
+    sequences, summing to T. Returns [T, heads, Dv], contiguous."""
     return _SegmentAttention.apply(query, key, value, tuple(lengths), scale, window)
 
 
@@ -93,16 +93,16 @@ class _SegmentAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
     ) -> Tensor:
         heads, tokens, dim = query.shape
-        kv = key.shape[0]
+        kv, _, width = value.shape
         blocks = _blocks(lengths, BLOCK.get(query.dtype, 64), window)
         scaled = query * scale
-        out_THD = torch.empty(tokens, heads, dim, dtype=query.dtype)
-        by_group = out_THD.view(tokens, kv, heads // kv, dim).permute(1, 2, 0, 3)
+        out_THD = torch.empty(tokens, heads, width, dtype=query.dtype)
+        by_group = out_THD.view(tokens, kv, heads // kv, width).permute(1, 2, 0, 3)
         for seen, first, end in blocks:
             rows = end - first
             q = scaled[:, first:end].reshape(kv, -1, dim)
             probs = _probabilities(q, key[:, seen:end], first - seen, rows, window)
-            by_group[:, :, first:end] = torch.bmm(probs, value[:, seen:end]).view(kv, -1, rows, dim)
+            by_group[:, :, first:end] = torch.bmm(probs, value[:, seen:end]).view(kv, -1, rows, width)
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scale, ctx.window = blocks, scale, window
         return out_THD
@@ -112,17 +112,17 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         heads, tokens, dim = query.shape
-        kv, groups = key.shape[0], heads // key.shape[0]
+        kv, groups, width = key.shape[0], heads // key.shape[0], value.shape[-1]
         wide = torch.promote_types(key.dtype, torch.float32)  # many blocks add to one key
         scaled = query * ctx.scale
-        grad = grad_outputs[0].view(tokens, kv, groups, dim).permute(1, 2, 0, 3)
+        grad = grad_outputs[0].view(tokens, kv, groups, width).permute(1, 2, 0, 3)
         dquery = torch.empty(heads, tokens, dim, dtype=query.dtype)
         by_group = dquery.view(kv, groups, tokens, dim)
         dkey = torch.zeros(kv, tokens, dim, dtype=wide)
-        dvalue = torch.zeros_like(dkey)
+        dvalue = torch.zeros(kv, tokens, width, dtype=wide)
         for seen, first, end in ctx.blocks:
             rows = end - first
-            q, g = scaled[:, first:end].reshape(kv, -1, dim), grad[:, :, first:end].reshape(kv, -1, dim)
+            q, g = scaled[:, first:end].reshape(kv, -1, dim), grad[:, :, first:end].reshape(kv, -1, width)
             k, v = key[:, seen:end], value[:, seen:end]
             probs = _probabilities(q, k, first - seen, rows, ctx.window)
             dvalue[:, seen:end] += torch.bmm(probs.transpose(1, 2), g)

@@ -52,11 +52,11 @@ def recorded_attention(model: Any) -> Iterator[dict[torch.nn.Module, dict[str, A
         return HOOKS[before](module, *args, **kwargs)
 
     AttentionInterface.register(RECORDING, record)
-    model.set_attn_implementation(RECORDING)
+    set_attention(model, RECORDING)
     try:
         yield recorded
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)
 
 
 @contextmanager
@@ -75,7 +75,8 @@ def library_attention(model: Any) -> Iterator[None]:
 
 def set_attention(model: Any, wanted: str | None) -> None:
     """Switch a loaded model's attention, to "eager" where its code does not know `wanted`."""
-    if wanted is None or model.config._attn_implementation == wanted:
+    before = model.config._attn_implementation
+    if wanted is None or before == wanted:
         return
     try:
         model.set_attn_implementation(wanted)
@@ -83,6 +84,10 @@ def set_attention(model: Any, wanted: str | None) -> None:
         if wanted == "eager":
             raise
         model.set_attn_implementation("eager")
+    for module in model.modules():  # PEFT's copies of whole modules have copies of the config as well
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == before:
+            config._attn_implementation = model.config._attn_implementation
 
 
 def packed_attention(
@@ -100,15 +105,19 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     fast: bool = True,
-    **_: Any,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of the stream.
 
     query [1, heads, T, D]; key, value [1, kv_heads, T, D]; cu_seq_lens_q int32 [R + 1] (None: one sequence);
     segment_lengths the same boundaries as lengths on the host, so that nobody waits for the device to ask for them.
-    Returns ([1, T, heads, D], None). Raises ValueError for a padded batch: there are none here."""
+    Returns ([1, T, heads, D], None). Raises ValueError for a padded batch, of which there are none here, and for
+    attention to chosen positions."""
     if query.shape[0] != 1 or attention_mask is not None:
         raise ValueError("packed attention takes one unpadded stream, not a padded batch")
+    sparse = [name for name in UNKNOWN if rest.get(name) is not None]
+    if sparse:  # or a choice of positions would be passed over in silence
+        raise ValueError(f"packed attention knows no {', '.join(sparse)}")
     if cu_seq_lens_q is None:
         max_length_q = query.shape[2]
         segment_lengths = [max_length_q]
@@ -121,7 +130,7 @@ def packed_attention(
     if softcap is not None or s_aux is not None or dropout > 0.0:
         return _explicit(query, key, value, lengths, scale, dropout, sliding_window, softcap, s_aux), None
     if fast and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        fused = _fused_backend(query.shape[-1])
+        fused = _fused_backend(query.shape[-1]) if value.shape[-1] == query.shape[-1] else None
         if fused is not None:
             if max_length_q is None:
                 max_length_q = max(lengths)
@@ -139,6 +148,10 @@ HOOKS: dict[str, Callable[..., tuple[Tensor, None]]] = {
 }
 # What a module's own code decides, as against what comes with a batch.
 CONSTANTS = ("scaling", "sliding_window", "softcap", "s_aux")
+
+
+# What sparse attention (DeepSeek's, MiniMax's) hands over beside the tensors.
+UNKNOWN = ("block_indices", "indices", "topk_indices", "index_mask", "head_mask", "position_bias")
 
 
 def _explicit(

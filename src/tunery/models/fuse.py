@@ -9,11 +9,12 @@ they are."""
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ from tunery.models.parts import unwrap
 EXACT = 1e-3
 ROUGH = 0.15
 PROBE_LENGTHS = (7, 17)
+# All that the library's forward may mention in a module of the usual form. A few tokens cannot show what happens beyond
+# some position (Ministral 3's scaling of queries), beyond some value (OLMo's clipping) or in training alone (a dropout
+# on the output); the names in the code do.
+ATTENTION_NAMES = {
+    "ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "apply_rotary_pos_emb", "attention_dropout",
+    "attn_logit_softcapping", "config", "contiguous", "eager_attention_forward", "get_interface", "getattr",
+    "head_dim", "is_sliding", "k_norm", "k_proj", "key_multiplier", "layer_idx", "o_proj", "q_norm", "q_proj",
+    "reshape", "scaling", "shape", "sliding_window", "training", "transpose", "update", "use_qk_norm", "use_rope",
+    "v_proj", "view", "sinks",
+}  # fmt: skip
+MLP_NAMES = {"act_fn", "gate_proj", "up_proj", "down_proj"}
 GATES = {"SiLU": swiglu, "SiLUActivation": swiglu, "GELUTanh": geglu_tanh, "PytorchGELUTanh": geglu_tanh}
 
 
@@ -78,9 +90,10 @@ def fuse(model: nn.Module, kernels: KernelsConfig, dtype: torch.dtype) -> Fused:
 
 
 def _as_its_class(module: nn.Module, found: Mapping[nn.Module, Choice]) -> Choice:
-    """What became of the others of its class, for a module that was not called: an expert that no token chose."""
+    """What became of the others of its class, for a module that was not called: an expert that no token chose. Not for
+    attention, which takes constants from its call."""
     choices = [choice for other, choice in found.items() if type(other) is type(module)]
-    refused = not choices or any(forward is None for _, forward in choices)
+    refused = not choices or any(forward is None or kind == "attention" for kind, forward in choices)
     return ("", None) if refused else choices[0]
 
 
@@ -107,11 +120,11 @@ def _plans(module: nn.Module, kernels: KernelsConfig, native: bool) -> list[Plan
     """(kind, from a recorded call to a forward) for what a module looks like; the first that is exact is taken."""
     has = lambda *names: all(isinstance(getattr(module, name, None), nn.Module) for name in names)  # noqa: E731
     if has("q_proj", "k_proj", "v_proj", "o_proj") and hasattr(module, "head_dim"):
-        wanted = kernels.lora == "auto" or kernels.rotary == "auto"
+        wanted = (kernels.lora == "auto" or kernels.rotary == "auto") and _mentions(module) <= ATTENTION_NAMES
         return [("attention", lambda call: _attention_forward(call, kernels, native))] if wanted else []
     if has("gate_proj", "up_proj", "down_proj", "act_fn"):
         gate = GATES.get(type(module.act_fn).__name__)
-        if gate is None or kernels.mlp == "reference":
+        if gate is None or kernels.mlp == "reference" or not _mentions(module) <= MLP_NAMES:
             return []
         return [("mlp", lambda call: _mlp_forward(partial(gate, compiled=native), kernels.lora == "auto"))]
     if kernels.norm == "auto" and _is_rms_norm(module):
@@ -120,6 +133,19 @@ def _plans(module: nn.Module, kernels: KernelsConfig, native: bool) -> list[Plan
             for offset, cast_first in ((0.0, True), (0.0, False), (1.0, False))
         ]
     return []
+
+
+def _mentions(module: nn.Module) -> set[str]:
+    """The globals, attributes and methods that a module's own forward names."""
+    forward = inspect.unwrap(type(module).forward)
+    codes = [getattr(forward, "__code__", None)]
+    names: set[str] = set()
+    for code in codes:
+        if code is None:  # not Python: nothing can be said
+            return {"?"}
+        names |= set(code.co_names)
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return names
 
 
 # ---------------------------------------------------------------- what the library does, and whether ours is the same
@@ -144,27 +170,37 @@ def _library_calls(model: nn.Module, modules: Sequence[nn.Module], dtype: torch.
         calls[module] = Call(args, kwargs)
 
     device = next(model.parameters()).device
-    total = sum(PROBE_LENGTHS)
-    ids = (torch.arange(total, device=device) * 7919 + 3) % causal.config.get_text_config().vocab_size
-    positions = torch.cat([torch.arange(n, device=device) for n in PROBE_LENGTHS])
-    bounds = torch.tensor([0, PROBE_LENGTHS[0], total], dtype=torch.int32, device=device)
     was_training = model.training
     model.eval()
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        constants = stack.enter_context(recorded_attention(causal))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(autocast(device, dtype))
-        causal.get_decoder()(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, cu_seq_lens_q=bounds,
-            cu_seq_lens_k=bounds, max_length_q=max(PROBE_LENGTHS), max_length_k=max(PROBE_LENGTHS),
-        )  # fmt: skip
-    model.train(was_training)
+    try:
+        with ExitStack() as stack:
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+            constants = stack.enter_context(recorded_attention(causal))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(autocast(device, dtype))
+            _run(causal, device)
+    finally:
+        model.train(was_training)
     for module, handed in constants.items():
         if module in calls:
             calls[module].attention = handed
     return calls
+
+
+def _run(causal: Any, device: torch.device) -> None:
+    """The library's forward over a packed stream; over one sequence where its code cannot keep several apart, and none
+    where it does not run at all (policy.py will say so)."""
+    total = sum(PROBE_LENGTHS)
+    ids = (torch.arange(total, device=device) * 7919 + 3) % causal.config.get_text_config().vocab_size
+    positions = torch.cat([torch.arange(n, device=device) for n in PROBE_LENGTHS])
+    bounds = torch.tensor([0, PROBE_LENGTHS[0], total], dtype=torch.int32, device=device)
+    longest = max(PROBE_LENGTHS)
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    for inputs in ({"position_ids": positions[None], **packed}, {}):
+        with suppress(TypeError, ValueError, RuntimeError):
+            causal.get_decoder()(input_ids=ids[None], use_cache=False, **inputs)
+            return
 
 
 def _first_exact(module: nn.Module, plans: list[Plan], call: Call, dtype: torch.dtype) -> Choice:
@@ -255,7 +291,8 @@ def _plain_update(module: nn.Module) -> str | None:
     if layer.lora_variant or len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
-    if name not in layer.lora_A or base.weight.requires_grad or layer.lora_B[name].bias is not None:
+    trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    if name not in layer.lora_A or trains or layer.lora_B[name].bias is not None:
         return None
     return name
 
@@ -265,6 +302,8 @@ def _projection(module: nn.Module) -> Projection | None:
     name = _plain_update(module)
     layer: Any = module
     if name is None or layer.disable_adapters or layer.merged:
+        return None
+    if layer._forward_hooks or layer.base_layer._forward_hooks:  # someone is watching each layer (guard.investigate)
         return None
     if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0.0:
         return None
