@@ -16,7 +16,7 @@ from tunery.job import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("data", "templates", "troubleshooting", "extending")
+PAGES = ("data", "templates", "plan", "troubleshooting", "extending")
 
 
 @dataclass

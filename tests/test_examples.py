@@ -52,10 +52,10 @@ def test_readme_commands_run(readme, tmp_path, monkeypatch):
     commands = [
         line.partition("#")[0] for b in blocks(readme, "bash") for line in b.splitlines() if line.startswith("tunery")
     ]
-    assert [c.split()[1] for c in commands] == ["check", "inspect", "train", "chat", "generate", "export"]
+    assert [c.split()[1] for c in commands] == ["check", "inspect", "plan", "train", "chat", "generate", "export"]
     for command in commands:
         words = shlex.split(command)[1:]
-        if words[0] in ("check", "inspect", "train"):
+        if words[0] in ("check", "inspect", "plan", "train"):
             words.append("model=builtin:tiny")
         if words[0] == "train":
             words += [*SHORT, "optimizer.lr=1e-2"]  # two steps must still be worth exporting

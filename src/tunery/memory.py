@@ -43,10 +43,12 @@ class Span:
 
 
 class Ledger(TorchDispatchMode):
-    """Follows memory and work, span by span. Enter it inside a FakeTensorMode (or on real tensors)."""
+    """Follows memory and work, span by span. Enter it inside a FakeTensorMode (or on real tensors). `promotes`: as a
+    CPU does, which copies what an elementwise operation takes from another dtype; a GPU converts as it reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, promotes: bool = True) -> None:
         super().__init__()
+        self.promotes = promotes
         self.live = 0
         self._made_in: dict[int, Hashable] = {}  # memory alive -> the span it was made in
         self.spans: list[Span] = [Span("before", 0, 0)]
@@ -90,7 +92,10 @@ class Ledger(TorchDispatchMode):
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         low = any(t.dtype in LOW for t in inputs)
-        self.spans[-1].work[low, flops, moved] += 1
+        span = self.spans[-1]
+        span.work[low, flops, moved] += 1
+        if self.promotes and torch.Tag.pointwise in func.tags:
+            span.peak = max(span.peak, self.live + _promoted(inputs))
 
     def _storage(self, tensor: Tensor) -> bool:
         """Whether the tensor's memory is new; if so it is followed from now on."""
@@ -109,6 +114,13 @@ class Ledger(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self.live -= size
         self.spans[-1].freed[self._made_in.pop(key)] += size
+
+
+def _promoted(inputs: Sequence[Tensor]) -> int:
+    """Bytes of the inputs that are not of the dtype the arithmetic is in."""
+    numbers = [t for t in inputs if t.ndim and t.is_floating_point()]
+    widest = max((t.element_size() for t in numbers), default=0)
+    return sum(t.numel() * widest for t in numbers if t.element_size() < widest)
 
 
 def _product(a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> int:

@@ -3,44 +3,26 @@ saves (saved_tensors_hooks) and under the same ledger."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
-from tiny_models import FAMILIES
+from plan_jobs import LENGTHS, job_of, stream
 from tunery.config import build
 from tunery.data.collate import collate
-from tunery.job import Job, load_job
+from tunery.job import Job
 from tunery.memory import Ledger
 from tunery.models.fuse import fuse
 from tunery.models.load import hook_attention, load_model
 from tunery.models.recompute import recompute
-from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
+from tunery.plan.shadow import Shadow, optimizer_cost, trace
 from tunery.policy import CausalPolicy
 from tunery.types import Tokens
 
-LENGTHS = (40, 24, 56, 9)
 SHAPES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "phi3", "mixtral", "qwen2_moe", "bloom"]
-
-
-def job_of(folder: Path, family: str = "llama", **sections: Any) -> Job:
-    """A job on the config.json of a tiny model of several layers, without weights."""
-    name, options = FAMILIES[family]
-    layers = {"n_layer" if "n_layer" in options else "num_hidden_layers": 5}
-    getattr(transformers, name)(**{**options, **layers}).save_pretrained(folder)
-    return load_job(
-        {
-            "model": {"name": str(folder), "random_init": True},
-            "data": {"train": "rows.jsonl"},
-            "train": {"checkpointing": "none"},
-            **sections,
-        }
-    )
 
 
 def real(job: Job, dtype: torch.dtype) -> tuple[Any, CausalPolicy, Any]:
@@ -54,10 +36,6 @@ def real(job: Job, dtype: torch.dtype) -> tuple[Any, CausalPolicy, Any]:
     random = np.random.default_rng(0)
     rows = [Tokens(random.integers(3, 131, n).astype(np.int32), np.ones(n, np.float32)) for n in LENGTHS]
     return model.train(), policy, collate(rows)
-
-
-def stream() -> Stream:
-    return Stream(LENGTHS, sum(LENGTHS) - len(LENGTHS))
 
 
 def saved_bytes(policy: CausalPolicy, objective: Any, batch: Any, model: Any) -> int:

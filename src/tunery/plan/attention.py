@@ -76,16 +76,17 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: int, fused: bool, note_work: Callable[..., None]
     ) -> Tensor:
-        _, heads, tokens, dim = query.shape
+        _, heads, tokens, _ = query.shape
         # Torch's own operation, by which recomputing in part (models/recompute.py) knows what is worth keeping.
-        scaled = query.new_empty(1, tokens, heads, dim).transpose(1, 2)
-        out, row_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(scaled, key, value, 0.0, True)
+        like_out = query.new_empty(1, tokens, heads, value.shape[-1]).transpose(1, 2)
+        out, row_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(like_out, key, value, 0.0, True)
         out = out.transpose(1, 2)
         if fused:
             ctx.save_for_backward(query, key, value, out, row_sums)
         else:
             ctx.save_for_backward(query, key, value)
-        ctx.work = (4 * pairs * heads * dim, sum(x.numel() * x.element_size() for x in (query, key, value, out)))
+        dims = query.shape[-1] + value.shape[-1]
+        ctx.work = (2 * pairs * heads * dims, sum(x.numel() * x.element_size() for x in (query, key, value, out)))
         ctx.note_work = note_work
         note_work(query.element_size() == 2, *ctx.work)
         return out

@@ -67,6 +67,8 @@ def make_plan(planner: Planner) -> Plan:
         notes.append(
             f"the rows are not read: each is taken to be {job.data.max_length} tokens (data.max_length), all trained on"
         )
+    if planner.note:
+        notes.append(planner.note)
     return Plan(
         model=job.model.name,
         adapter=job.adapter.kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tunery.devices import Device
 from tunery.job import Job
 from tunery.models.load import load_config
+from tunery.plan.closed_form import kept_numbers
 from tunery.plan.planner import ENOUGH, RUNGS, SMALL, Planner, dtype_on
 from tunery.plan.work import Rows
 
@@ -49,7 +50,7 @@ def largest(planner: Planner, rung: str) -> int | None:
     while planner.memory(tokens, rung).total > room:
         if tokens == low:
             return None
-        tokens = max(low, tokens * 15 // 16)
+        tokens = max(low, tokens * 31 // 32)
     return tokens
 
 
@@ -68,16 +69,16 @@ def rungs_of(job: Job, device: Device) -> tuple[str, ...]:
 
 
 def roughly(job: Job, tokens: int, device: Device) -> int:
-    """Bytes that a run would take at most, give or take, by the closed form: to see at a glance that a small model fits
-    easily, and where a model's code does not run on shapes. Parameters at 16 bytes, and of each layer's token twice
-    the 8H + 2q + 2kv + 4I numbers that eager code keeps; every score of attention that is written out."""
+    """Bytes that a run would hardly take, from config.json at a glance: to see that a small model fits easily without
+    running it on shapes. Parameters at 16 bytes; twice what eager code keeps of a layer's token, and every score of
+    attention that is written out."""
     config = load_config(job.model).get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     parameters = layers * (4 * hidden**2 + 3 * hidden * inner * experts) + 2 * config.vocab_size * hidden
     width = dtype_on(job.model.dtype, device).itemsize
-    per_layer = width * 2 * (12 * hidden + 4 * inner * (getattr(config, "num_experts_per_tok", None) or 1))
+    per_layer = width * 2 * kept_numbers(config)
     if getattr(config, "attn_logit_softcapping", None):
         per_layer += 4 * width * config.num_attention_heads * job.data.max_length
     return device.overhead + 16 * parameters + tokens * layers * per_layer

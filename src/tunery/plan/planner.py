@@ -15,6 +15,7 @@ from tunery.engine import DTYPES
 from tunery.flops import cost_of, flops_per_token
 from tunery.job import Job
 from tunery.memory import Operation, Peak, Profile
+from tunery.plan.closed_form import closed_form
 from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
 from tunery.plan.work import Rows, Work, work_of
 
@@ -75,6 +76,7 @@ class Planner:
         self.dtype = dtype_on(job.model.dtype, device)
         self.shadow = Shadow(job, self.dtype)
         self.objective = build("objectives", job.objective)
+        self.note: str | None = None  # what is not as good as usual
         self.most = job.train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
         self.work = lru_cache(maxsize=None)(self._work)
         self.profile = lru_cache(maxsize=None)(self._profile)
@@ -85,7 +87,13 @@ class Planner:
 
     def _profile(self, stream: Stream, rung: str, accumulates: bool) -> Profile:
         run_on = "full" if rung == "offload" else rung
-        return trace(self.shadow, self.objective, stream, run_on, device=self.device.kind, accumulates=accumulates)
+        device = self.device.kind
+        try:
+            return trace(self.shadow, self.objective, stream, run_on, device=device, accumulates=accumulates)
+        except Exception as error:  # a model's own code, which may do anything
+            first_line = str(error).partition("\n")[0]
+            self.note = f"by formula, since the model's code does not run on shapes alone ({first_line[:120]})"
+            return closed_form(self.shadow, stream, run_on, device, accumulates)
 
     def _line(self, rung: str) -> Line:
         """Between the longest stream of all and one of half its tokens."""

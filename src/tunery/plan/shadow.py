@@ -107,9 +107,11 @@ class Shadow:
         seen: dict[Any, int] = {}
         kinds: list[int] = []
         before: Any = None
+        # A model that works its layers' types out from their numbers is run with all of them.
+        numbered = isinstance(getattr(type(text), "layer_types", None), property)
         for number, (layer, name) in enumerate(zip(layers, names, strict=True)):
             shapes = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in layer.named_parameters())
-            key = (type(layer), name, shapes, below)
+            key = (type(layer), name, shapes, below, number if numbered else None)
             key, before = (key, key == before), key  # after its like, a layer frees what that one left for it
             trained = [p for p in layer.parameters() if p.requires_grad]
             if key not in seen:
@@ -131,7 +133,7 @@ class Shadow:
         text = causal.config.get_text_config()
         types = getattr(text, "layer_types", None)
         text.num_hidden_layers = len(numbers)
-        if types:
+        if types and len(numbers) < len(layers):
             text.layer_types = [types[i] for i in numbers]
         with standing_in(causal, fused=False), self.fake, Ledger():
             _make_fake(model)
@@ -148,7 +150,7 @@ def trace(
     shapes alone (where what it does depends on the numbers)."""
     model = shadow.sample
     recompute(model, rung)
-    ledger = Ledger()
+    ledger = Ledger(promotes=device == "cpu")
     begin = 0
     with ExitStack() as stack:
         stack.enter_context(standing_in(unwrap(model), device == "cuda", ledger.note_work))
@@ -166,7 +168,14 @@ def trace(
                 parameter.grad = torch.empty_like(parameter) if accumulates else None
             begin = len(ledger.spans)
             ledger.enter_span("embed")
-            objective.loss(policy, batch).sum.backward()
+            try:
+                loss = objective.loss(policy, batch)
+            except ValueError:  # what a model says that cannot keep packed sequences apart: then it gets them alone
+                policy.packs, batch = False, _fake_batch(Stream((stream.tokens,), stream.labelled))
+                ledger.enter_span("embed")
+                loss = objective.loss(policy, batch)
+            loss.sum.backward()
+            del loss
             ledger.enter_span("end")
         model.zero_grad(set_to_none=True)
     spans = {span.name: span for span in ledger.spans[begin:-1]}

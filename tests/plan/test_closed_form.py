@@ -1,0 +1,23 @@
+"""Oracle: the same model run on shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from plan_jobs import job_of, stream
+from tunery.config import build
+from tunery.plan.closed_form import closed_form
+from tunery.plan.shadow import Shadow, trace
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("rung", ["none", "full"])
+def test_the_formula_is_near(tmp_path, adapter, rung):
+    job = job_of(tmp_path, "llama", adapter=adapter, kernels="reference")
+    shapes = Shadow(job, torch.bfloat16)
+    exact = trace(shapes, build("objectives", job.objective), stream(), rung)
+    near = closed_form(shapes, stream(), rung, "cpu", accumulates=False)
+    assert near.kept == pytest.approx(exact.kept, rel=0.5)
+    flops = [sum(flops * often for (_, flops, _), often in p.work().items()) for p in (near, exact)]
+    assert flops[0] == pytest.approx(flops[1], rel=0.3)
