@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,19 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         return summarise(prepared, field, race(prepared, field, options), options.steps)
 
 
+def command(arguments: Sequence[str]) -> str:
+    """The command as anyone would give it: with names for this machine's paths."""
+    places = {"--python": "PYTHON", "--llamafactory": "PYTHON", "--assets": "FOLDER"}
+    words = list(arguments)
+    for number, word in enumerate(words):
+        name, joined, _ = word.partition("=")
+        if name in places and joined:
+            words[number] = f"{name}={places[name]}"
+        elif name in places and number + 1 < len(words):
+            words[number + 1] = places[name]
+    return shlex.join(["python", "-m", "bench.sft", *words])
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=[*"ABCDE", "all"], default="A")
@@ -119,7 +133,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--llamafactory", help="the Python of an environment with LLaMA-Factory")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds until a run is given up")
     parser.add_argument("--assets", default=os.environ.get("TUNERY_ASSETS") or ROOT.parent / "shared" / "assets")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        chosen(False, options.rivals, options.precision)
+    except ValueError as error:
+        parser.error(f"--rivals: {error}")
+    if not Path(options.assets).is_dir():
+        parser.error(f"--assets: there is no folder {options.assets}; give one, or set TUNERY_ASSETS")
+    return options
 
 
 def main() -> None:
@@ -133,7 +154,7 @@ def main() -> None:
         result = measure(name, options)
         print(table(result), flush=True)
         if not (options.tiny or options.steps):
-            save_result(f"sft_{name}", result)
+            save_result(f"sft_{name}", {**result, "command": command(sys.argv[1:])})
             write_section("sft", page(ROOT / "bench" / "results"))
 
 

@@ -111,6 +111,18 @@ def test_rivals_are_chosen_by_the_beginning_of_their_names():
         chosen(False, ["axolotl"], None)
 
 
+@pytest.mark.parametrize("words", [["--rivals", "axolotl"], ["--assets", "/nowhere"], ["--job", "Z"]])
+def test_a_wrong_word_on_the_command_line_is_said_before_anything_runs(words, capsys):
+    with pytest.raises(SystemExit):
+        sft.parse(words)
+    assert f"{words[0]}: " in capsys.readouterr().err
+
+
+def test_a_result_names_no_place_on_this_machine():
+    words = ["--job", "A", "--python", "/a/b", "--llamafactory=/c/d", "--rounds", "3"]
+    assert sft.command(words) == "python -m bench.sft --job A --python PYTHON --llamafactory=PYTHON --rounds 3"
+
+
 def test_full_fine_tuning_keeps_float32_weights_in_every_bf16_run():
     for one in contestants(True):
         if one.precision == "bf16" and one.runner in ("trl", "trainer"):
