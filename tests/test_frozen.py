@@ -153,7 +153,7 @@ def test_auto_looks_at_the_room_and_the_gain(tmp_path, monkeypatch):
         run_job(job)
         assert "would save no more than" in notes(job)
     with monkeypatch.context() as patch:
-        patch.setattr(tunery.frozen, "_free_memory", lambda: 1000)
+        patch.setattr(tunery.frozen, "free_memory", lambda: 1000)
         job = job_of(tmp_path, "memory", "auto")
         run_job(job)
         assert "of memory are free" in notes(job)

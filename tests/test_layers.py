@@ -17,7 +17,7 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 LAYERS = [
     ["errors", "types"],
     ["config"],
-    ["files", "progress", "flops", "memory", "schedule", "kernels", "assets"],
+    ["files", "host", "progress", "flops", "memory", "schedule", "kernels", "assets"],
     ["data", "models"],
     ["objectives", "adapters", "optimizers", "policy"],
     ["job"],

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from tunery.errors import TuneryError
 from tunery.files import make_readable
+from tunery.schedule import interval
 
 STATE = "tunery_state.json"
 _GO_BACK = "remove this checkpoint to go on from the one before"
@@ -28,6 +29,11 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 class CheckpointError(TuneryError):
     """A checkpoint cannot be written or read."""
+
+
+def save_interval(every: int | float | None, steps_per_epoch: int | None, total: int) -> int:
+    """Steps between two checkpoints (train.save_every); by default an epoch, at most 500."""
+    return interval(every, total, default=min(steps_per_epoch or 500, 500))
 
 
 def list_checkpoints(output: Path) -> list[tuple[int, Path]]:

@@ -22,6 +22,7 @@ from tunery.engine import fast_bfloat16
 from tunery.errors import ConfigError
 from tunery.files import write_json
 from tunery.flops import known_peak
+from tunery.host import free_memory
 
 GIB = 2**30
 
@@ -121,7 +122,7 @@ def this_device(kind: str | None = None) -> Device:
         return Device(name, kind, memory, CUDA_OVERHEAD, SLACK, bfloat16)
     name = f"{_processor()}, {torch.get_num_threads()} threads"
     bfloat16 = fast_bfloat16(torch.device("cpu"))
-    return Device(name, kind, _host_memory(), CPU_OVERHEAD, SLACK, bfloat16)
+    return Device(name, kind, free_memory() or _installed_memory(), CPU_OVERHEAD, SLACK, bfloat16)
 
 
 def _processor() -> str:
@@ -135,17 +136,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _host_memory() -> int:
-    """Bytes a process may still use here: what the system has free for it, within its container's limit."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        free = int(available[1]) * 1024 if available else free
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        free = free if limit == "max" else min(free, int(limit) - int(used))
-    except OSError:
-        pass
-    return free
+def _installed_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ------------------------------------------------------------ a second of measuring

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tunery.data.loader import Loader
 from tunery.data.store import TokenStore
 from tunery.errors import ConfigError
 from tunery.flops import cost_of, flops_per_token
+from tunery.host import free_memory
 from tunery.models.boundary import FILE, Boundary, Probed
 from tunery.progress import human
 from tunery.setup import Run
@@ -112,21 +112,12 @@ def _room(run: Run, probed: Probed, demanding: bool) -> str | None:
         return f"what they give takes {human(size)}B, and {run.output} has {human(free)}B free"
     if not demanding:
         return None
-    share, memory = skipped_flops(run), _free_memory()
+    share, memory = skipped_flops(run), free_memory()
     if share < PAYS:
         return f"running them once would save no more than {share:.1%} of the run's arithmetic"
     if memory is not None and size > MEMORY * memory:
         return f"what they give takes {human(size)}B, and {human(memory)}B of memory are free to hold it"
     return None
-
-
-def _free_memory() -> int | None:
-    """Bytes of the host's memory that are free or can be freed; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
 
 
 def _size(run: Run, probed: Probed) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery import checkpoint
-from tunery.checkpoint import check_room
+from tunery.checkpoint import check_room, save_interval
 from tunery.data.loader import evaluation_streams
 from tunery.data.prefetch import Prefetcher
 from tunery.data.store import TokenStore
@@ -41,7 +41,7 @@ from tunery.run_folder import (
     write_config,
     write_data_report,
 )
-from tunery.schedule import factor
+from tunery.schedule import factor, interval
 from tunery.setup import (
     Run,
     announce,
@@ -49,10 +49,8 @@ from tunery.setup import (
     beyond_context,
     check_disk,
     data_counts,
-    interval,
     read_data,
     resolve,
-    save_interval,
     save_tokenizer,
     set_up,
 )
@@ -113,7 +111,7 @@ def train(run: Run, report: Report | NullReport) -> Result:
     """The steps of a run that is set up, and what it leaves behind. Raises what `run_job` does."""
     job, engine, model, total = run.job, run.engine, run.model, run.total_steps
     eval_every = interval(job.eval.every, total, default=run.loader.steps_per_epoch or total)
-    save_every = save_interval(job, run.loader, total)
+    save_every = save_interval(job.train.save_every, run.loader.steps_per_epoch, total)
     best: dict[str, Any] = run.state.get("best") or {"step": None, "loss": math.inf, "since": 0}
     gate = Gate(run.optimizer, engine.device)
     if engine.device.type in REHEARSED:

@@ -53,3 +53,10 @@ def factor(config: ScheduleConfig, step: int, total: int) -> float:
         decay = max(1, _steps(config.decay, total))
         shape = min(1.0, max(0, total - step) / decay)
     return config.min_ratio + (1.0 - config.min_ratio) * shape
+
+
+def interval(value: int | float | None, total: int, default: int) -> int:
+    """Steps between two of something: given as steps, as a share of the run, or by default."""
+    if value is None:
+        return max(1, default)
+    return max(1, math.ceil(value * total)) if value < 1 else int(value)

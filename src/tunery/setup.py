@@ -130,21 +130,6 @@ def _chosen_cut(job: Job, engine: Engine, read: Read | None) -> tuple[int, str]:
     return engine.gather(choose(job, rows, replace(device, memory=memory), engine.world))[0]
 
 
-# ---------------------------------------------------------------- how often
-
-
-def interval(value: int | float | None, total: int, default: int) -> int:
-    """Steps between two of something: given as steps, as a share of the run, or by default."""
-    if value is None:
-        return max(1, default)
-    return max(1, math.ceil(value * total)) if value < 1 else int(value)
-
-
-def save_interval(job: Job, loader: Loader | StreamLoader, total: int) -> int:
-    """Steps between two checkpoints; by default an epoch, at most 500."""
-    return interval(job.train.save_every, total, default=min(loader.steps_per_epoch or 500, 500))
-
-
 def bytes_to_write(model: Any, adapter: Any, keep: int) -> int:
     """What the checkpoints of a run take at most: weights, and two float32 moments for what trains."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -223,8 +208,7 @@ def make_loader(job: Job, data: Prepared, cut: Cut) -> tuple[Loader | StreamLoad
     if isinstance(data.train, TokenStore):
         loader = Loader(data.train, batch_size=train.batch_size, seed=train.seed, shuffle=train.shuffle, how=cut)
         return loader, train.max_steps or math.ceil(train.epochs * loader.steps_per_epoch)
-    if train.max_steps is None:
-        raise ConfigError("train.max_steps: is required with data.streaming, because the length is not known")
+    assert train.max_steps is not None  # check_job
     return StreamLoader(data.train, batch_size=train.batch_size, how=cut), train.max_steps
 
 
@@ -233,6 +217,8 @@ def check_job(job: Job) -> None:
     data, model = job.data, job.model
     if not data.train:
         raise ConfigError("data.train: is required: a path, or a list of paths")
+    if data.streaming and job.train.max_steps is None:
+        raise ConfigError("train.max_steps: is required with data.streaming, because the length is not known")
     check_dtype(model.dtype)
     require(job.report)
     if data.eval is None:
@@ -365,7 +351,10 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
 
 def check_disk(run: Run) -> None:
     """Raises CheckpointError where the run's checkpoints do not fit on their disk."""
-    written = math.ceil(run.total_steps / save_interval(run.job, run.loader, run.total_steps))
+    written = math.ceil(
+        run.total_steps
+        / checkpoint.save_interval(run.job.train.save_every, run.loader.steps_per_epoch, run.total_steps)
+    )
     keep = min(run.job.train.keep or written, written)
     checkpoint.check_room(run.output, bytes_to_write(run.model, run.adapter, keep))
 

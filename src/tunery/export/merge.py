@@ -24,6 +24,7 @@ from tunery.data.template import load_template
 from tunery.errors import ModelError
 from tunery.export.verify import Check, compare, probe_logits, probes
 from tunery.files import make_readable
+from tunery.host import free_memory
 from tunery.models.load import load_config, load_model, load_tokenizer
 from tunery.models.target import Target, load_adapter, model_config, resolve_target
 from tunery.types import Message
@@ -257,11 +258,7 @@ def _stored_dtype(config: Any) -> torch.dtype:
 def _arithmetic(model: PreTrainedModel) -> torch.dtype:
     """float32, or the model's own precision where the memory that is left does not hold it in float32."""
     wide = torch.promote_types(model.dtype, torch.float32)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not a Linux: nothing to go by
-        return wide
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    free = free_memory()
     needed = sum(parameter.numel() for parameter in model.parameters()) * wide.itemsize
     return wide if free is None or needed < 0.9 * free else model.dtype
 

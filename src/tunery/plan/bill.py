@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from tunery.checkpoint import save_interval
 from tunery.plan.choose import best, rungs_of
 from tunery.plan.ladder import Change, ladder
 from tunery.plan.planner import Memory, Planner
-from tunery.plan.work import AssumedRows
+from tunery.plan.work import AssumedRows, Work
 
 
 @dataclass
@@ -89,7 +91,7 @@ def make_plan(planner: Planner) -> Plan:
         steps=work.steps,
         tokens=None if work.steps is None else round(work.tokens * work.steps),
         seconds=None if work.steps is None else seconds * work.steps,
-        disk=_disk(planner, work.steps),
+        disk=_disk(planner, work),
         ladder=[] if fits and (micro_tokens, rung) == (planner.most, rungs[0]) else ladder(planner),
         notes=notes,
     )
@@ -117,10 +119,13 @@ def corrected(plan: Plan, planner: Planner, measured: Measured) -> Plan:
     )
 
 
-def _disk(planner: Planner, steps: int | None) -> int:
+def _disk(planner: Planner, work: Work) -> int:
     """Checkpoints kept and the result: weights of what is saved, and the optimizer's states."""
-    train, shadow = planner.job.train, planner.shadow
+    job, shadow = planner.job, planner.shadow
     weights = shadow.weight_bytes if shadow.whole else shadow.gradient_bytes
-    kept = train.keep if train.keep is not None else steps or 1
-    written = min(kept, steps or kept)
-    return written * (weights + planner.optimizer[0]) + weights
+    written = 1
+    if work.steps is not None:
+        written = math.ceil(work.steps / save_interval(job.train.save_every, work.steps_per_epoch, work.steps))
+    best = job.eval.best and job.data.eval is not None  # which is kept besides
+    kept = written if job.train.keep is None else min(written, job.train.keep + best)
+    return kept * (weights + planner.optimizer[0]) + weights

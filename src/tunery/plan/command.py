@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from tunery.data.sources import locate
@@ -10,12 +11,12 @@ from tunery.data.stream import StreamingExamples
 from tunery.devices import known_device, this_device
 from tunery.errors import ConfigError, DataError, ModelError
 from tunery.job import Job
-from tunery.models.load import load_config
+from tunery.models.load import ModelConfig, load_config, resolve_name
 from tunery.plan.bill import Plan, corrected, make_plan
 from tunery.plan.planner import Planner
 from tunery.plan.work import AssumedRows
 from tunery.probe import probe
-from tunery.setup import Read, read_data
+from tunery.setup import Read, check_job, read_data
 
 
 def plan_job(job: Job, device: str | None = None, probing: bool = False, console: Any = None) -> Plan:
@@ -24,6 +25,8 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
     ConfigError for an unknown device, ModelError for a model that cannot be, and DataError for rows that are there and
     cannot be used."""
     load_config(job.model)
+    if job.data.streaming:  # rows that are read are checked with the job
+        check_job(job)
     if probing and device:
         raise ConfigError("--probe: runs on this machine; leave out --device")
     found = known_device(device) if device else this_device()
@@ -51,11 +54,19 @@ def read_rows(job: Job, console: Any = None) -> tuple[Read | None, str | None]:
         located = [locate(s, f"data.train[{i}]", job.data.dataset_dir) for i, s in enumerate(job.data.train)]
     except (ConfigError, DataError) as error:
         return None, str(error)
+    if _only_config(job.model):
+        return None, f"{job.model.name}: no tokenizer beside its config.json"
     try:
         return read_data(job, console), None
     except DataError as error:
         if any(source.hub for source in located):
             return None, str(error)
         raise
-    except ModelError as error:  # a config.json without a tokenizer beside it
+    except ModelError as error:  # of the model there is only a config.json
         return None, str(error)
+
+
+def _only_config(model: ModelConfig) -> bool:
+    """Whether all there is of a model is its config.json: shapes enough for a plan, and nothing to read rows with."""
+    folder = Path(resolve_name(model.name))
+    return folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*"))

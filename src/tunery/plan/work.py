@@ -40,11 +40,13 @@ Rows = TokenStore | AssumedRows
 
 @dataclass
 class Work:
-    """The steps of a run with one cut. `steps` None where the end is not known; `tokens` of a mean step over all ranks,
-    `streams` the token counts of this rank's streams in each step looked at; `largest` the longest stream of them;
-    `labelled` the share of tokens trained on; `mean_length` of a sequence, averaged over tokens."""
+    """The steps of a run with one cut. `steps` and `steps_per_epoch` None where the rows are not known; `tokens` of a
+    mean step over all ranks, `streams` the token counts of this rank's streams in each step looked at; `largest` the
+    longest stream of them; `labelled` the share of tokens trained on; `mean_length` of a sequence, averaged over
+    tokens."""
 
     steps: int | None
+    steps_per_epoch: int | None
     tokens: float
     streams: list[list[int]]
     largest: Stream
@@ -84,7 +86,7 @@ def work_of(job: Job, rows: Rows, micro_tokens: int, world: int = 1) -> Work:
         for stream, size in zip(members, cuts[-1], strict=True):
             largest = max(largest, (tuple(stream), size), key=lambda found: found[1])
     return Work(
-        total, tokens / len(looked_at), cuts, _stream(rows, largest[0]),
+        total, loader.steps_per_epoch if known else None, tokens / len(looked_at), cuts, _stream(rows, largest[0]),
         float(rows.labelled.sum() / rows.lengths.sum()), _mean_length(rows),
     )  # fmt: skip
 
