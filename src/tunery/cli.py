@@ -47,6 +47,10 @@ def main() -> None:
     # Idle OpenMP threads must not spin against other processes; read once, when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # A CPU's products are compiled for each shape and kept, 1,024 in two places: with streams of ever other lengths
+    # that is a gigabyte, and no faster than with these.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
     try:
         app()
     except TuneryError as error:

@@ -89,8 +89,9 @@ KNOWN: dict[str, tuple[str, float, float, float, bool]] = {
 }  # fmt: skip
 # What large products and copies reach of the data sheet's figures, and Python's time for an operation.
 MATMUL, COPY, LAUNCH = 0.75, 0.85, 8e-6
-# A CUDA context with its libraries' workspaces; a CPU process with torch, transformers and PEFT loaded.
-CUDA_OVERHEAD, CPU_OVERHEAD = int(0.9 * GIB), int(0.6 * GIB)
+# A CUDA context with its libraries' workspaces; a CPU process with torch, transformers and PEFT loaded, the kernels
+# compiled for its shapes, and the gaps in its heap (730 to 765 MB beside three jobs of bench.plan).
+CUDA_OVERHEAD, CPU_OVERHEAD = int(0.9 * GIB), int(0.68 * GIB)
 SLACK = 0.04
 
 
