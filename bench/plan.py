@@ -1,10 +1,10 @@
 """How true a plan is: its arithmetic against torch's FlopCounterMode, its memory and its time against real training.
 
-    python -m bench.plan [--steps 8] [--only flops memory]
+    python -m bench.plan [--steps 8]
 
 - flops: six shapes of model with LoRA, full and freeze-tuning. `counted` is what FlopCounterMode sees of one forward
   and backward of the real path (the head on labelled rows alone, attention sequence by sequence and written out in
-  blocks, of which it counts the masked half as well), `planned` what the plan counts on shapes, and `useful` the closed
+  blocks, of which it counts the masked part as well), `planned` what the plan counts on shapes, and `useful` the closed
   form of flops.py, that MFU is made of.
 - memory and time: five jobs on a random Qwen2 of 46.5M parameters, each in a process of its own. `allocated` is the
   highest sum of what torch's profiler saw the CPU allocator hand out and take back, `process` the process's highest
@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,49 +153,68 @@ def make_job(case: Case, folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def child(job: dict[str, Any], profiled: bool, steps: int) -> dict[str, Any]:
-    """In a process of its own: the plan, then three steps to correct it by, then the steps it is held against."""
-
-    from torch.profiler import ProfilerActivity, profile
-
+def child(job: dict[str, Any], what: str, steps: int) -> dict[str, Any]:
+    """In a process of its own, one measurement: `allocated`, `process`, or `time` (with the plan)."""
     from tunery import probe
-    from tunery.devices import this_device
     from tunery.job import load_job
-    from tunery.plan.bill import corrected, make_plan
-    from tunery.plan.planner import Planner
     from tunery.setup import read_data
 
     parsed = load_job(job)
     read = read_data(parsed)
-    planner = Planner(parsed, read.data.train, this_device("cpu"))  # type: ignore[arg-type]
+    cut = parsed.train.micro_tokens or 2048, parsed.train.checkpointing
+    if what == "allocated":
+        return {"allocated": allocated(lambda: probe.probe(parsed, read, *cut, steps=steps))}
+    if what == "process":
+        return {"process": probe.probe(parsed, read, *cut, steps=steps).peak}
+    return timed(parsed, read, steps)
+
+
+def allocated(train: Callable[[], object]) -> int:
+    """The highest sum of what the CPU allocator handed out and took back."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    memory: list[Any] = [event for event in events if event.name() == "[memory]"]
+    live = peak = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in memory):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def timed(job: Any, read: Any, steps: int) -> dict[str, Any]:
+    """The plan, then three steps to correct it by, then the steps it is held against."""
+    from tunery import probe
+    from tunery.devices import this_device
+    from tunery.plan.bill import corrected, make_plan
+    from tunery.plan.planner import Planner
+
+    planner = Planner(job, read.data.train, this_device("cpu"))
     plan = make_plan(planner)
-    options = (parsed, read, plan.micro_tokens, plan.checkpointing)
-    if profiled:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            probe.probe(*options, steps=steps)
-        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-        live = peak = 0
-        memory: list[Any] = [event for event in events if event.name() == "[memory]"]
-        for _, change in sorted((event.start_ns(), event.nbytes()) for event in memory):
-            live += change
-            peak = max(peak, live)
-        return {"planned": plan.memory.total - plan.memory.overhead, "allocated": peak, "plan": plan.to_dict()}
-    measured = probe.probe(*options)
-    after = probe.probe(*options, steps=steps)
-    plan_after = corrected(plan, planner, measured)
-    expected = [planner.step_seconds(streams, plan.checkpointing) for streams in after.streams[1:]]
-    factor = plan_after.seconds_per_step / plan.seconds_per_step
+    cut = plan.micro_tokens, plan.checkpointing
+    after_probe = corrected(plan, planner, probe.probe(job, read, *cut))
+    real = probe.probe(job, read, *cut, steps=steps)
+    expected = sum(planner.step_seconds(streams, plan.checkpointing) for streams in real.streams[1:])
     return {
-        "planned_process": plan.memory.total, "process": after.peak, "unprobed_seconds": sum(expected),
-        "planned_seconds": factor * sum(expected), "seconds": sum(after.seconds[1:]),
+        "planned": plan.memory.total - plan.memory.overhead, "planned_process": plan.memory.total,
+        "unprobed_seconds": expected, "seconds": sum(real.seconds[1:]),
+        "planned_seconds": expected * after_probe.seconds_per_step / plan.seconds_per_step,
+        "plan": plan.to_dict(),
     }  # fmt: skip
 
 
-def run_child(job: dict[str, Any], profiled: bool, steps: int) -> dict[str, Any]:
-    spec = json.dumps({"job": job, "profiled": profiled, "steps": steps})
+def run_child(job: dict[str, Any], what: str, steps: int) -> dict[str, Any]:
+    quiet = {
+        "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+        "LRU_CACHE_CAPACITY": "128", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    spec = json.dumps({"job": job, "what": what, "steps": steps})
     done = subprocess.run(
-        [sys.executable, "-m", "bench.plan", "--child", spec], capture_output=True, text=True, cwd=HERE.parent
-    )
+        [sys.executable, "-m", "bench.plan", "--child", spec], capture_output=True, text=True, cwd=HERE.parent,
+        env=os.environ | quiet,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{job['adapter']}: the measured process failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -267,8 +288,9 @@ def main() -> None:
         make_model(folder / "model")
         for case in CASES:
             job = make_job(case, folder, arguments.steps)
-            numbers = run_child(job, True, arguments.steps) | run_child(job, False, arguments.steps)
-            jobs.append({"case": asdict(case), **numbers})
+            jobs.append({"case": asdict(case)})
+            for what in ("allocated", "process", "time"):
+                jobs[-1] |= run_child(job, what, arguments.steps)
             print("\n".join(job_tables(jobs[-1:])))
     result = {"flops": flops, "jobs": jobs}
     path = save_result("plan", result)
