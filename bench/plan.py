@@ -261,9 +261,10 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([
         "## The plan against what happens", "", described(result), "",
         f"Arithmetic of one micro-batch of {sum(LENGTHS)} tokens, {LABELLED} of them trained on, against torch's "
-        "FlopCounterMode. The counter sees matrix products, not fused attention; ours on a CPU is made of products in "
-        "blocks of 64 queries, so it counts the masked part of each. `useful` is the closed form that MFU is made of: "
-        "it takes a causal half of attention, and gives the first layer's input a gradient that is not made.", "",
+        "FlopCounterMode (taught the products in place and in groups that it passes over). It sees matrix products, "
+        "not fused attention; ours on a CPU is made of products in blocks of 64 queries, so the masked part of each "
+        "counts. `useful` is the closed form that MFU is made of: it takes a causal half of attention, and gives the "
+        "first layer's input a gradient that is not made.", "",
         *flop_table(result["flops"]), "",
         "Memory at the worst moment: `allocated` by torch's CPU allocator (its profiler's count), and resident in the "
         "whole `process`. Random Qwen2 of 46.5M parameters in bfloat16, rows of 40 to 400 words, batch 4 (16 in the "
