@@ -21,10 +21,12 @@ class KernelsConfig(Config):
     head: Switch = Field(
         "auto", description="chunked output head; reference: the logits of all labelled tokens at once"
     )
-    lora: Switch = Field("auto", description="one function per group of projections; reference: PEFT's own forward")
-    norm: Switch = Field("auto", description="fused RMSNorm; reference: the library's")
-    rotary: Switch = Field("auto", description="fused rotary embedding; reference: the library's")
-    mlp: Switch = Field("auto", description="fused SwiGLU; reference: the library's")
+    lora: Switch = Field(
+        default="auto", description="one function per group of projections; reference: PEFT's own forward"
+    )
+    norm: Switch = Field(default="auto", description="fused RMSNorm; reference: the library's")
+    rotary: Switch = Field(default="auto", description="fused rotary embedding; reference: the library's")
+    mlp: Switch = Field(default="auto", description="fused SwiGLU; reference: the library's")
 
 
 def one_word(value: Any) -> Any:

@@ -85,8 +85,8 @@ def set_attention(model: Any, wanted: str | None) -> None:
             raise
         model.set_attn_implementation("eager")
     for module in model.modules():  # PEFT's copies of whole modules have copies of the config as well
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == before:
+        config: Any = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", None) == before:
             config._attn_implementation = model.config._attn_implementation
 
 
