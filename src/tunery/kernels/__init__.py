@@ -16,10 +16,10 @@ class KernelsConfig(Config):
     switches one off, and the single word `kernels: reference` all of them."""
 
     attention: Switch = Field(
-        "auto", description="packed attention; reference: torch's own, one sequence after another"
+        default="auto", description="packed attention; reference: torch's own, one sequence after another"
     )
     head: Switch = Field(
-        "auto", description="chunked output head; reference: the logits of all labelled tokens at once"
+        default="auto", description="chunked output head; reference: the logits of all labelled tokens at once"
     )
     lora: Switch = Field(
         default="auto", description="one function per group of projections; reference: PEFT's own forward"
