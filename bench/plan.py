@@ -37,7 +37,7 @@ FLOP_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "Qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 32}),
     "Gemma 2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64}),
-    "GPT-2": ("GPT2Config", {}),
+    "GPT-2": ("GPT2Config", {"bos_token_id": 1, "eos_token_id": 2}),
     "Qwen2-MoE": (
         "Qwen2MoeConfig",
         {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
