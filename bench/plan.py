@@ -201,7 +201,7 @@ def timed(job: Any, read: Any, steps: int) -> dict[str, Any]:
         "planned": plan.memory.total - plan.memory.overhead, "planned_process": plan.memory.total,
         "unprobed_seconds": expected, "seconds": sum(real.seconds[1:]),
         "planned_seconds": expected * after_probe.seconds_per_step / plan.seconds_per_step,
-        "plan": plan.to_dict(),
+        "memory": plan.to_dict()["memory"], "micro_tokens": plan.micro_tokens,
     }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def _installed_memory() -> int:
 
 @cache
 def measured_rates(kind: str, name: str) -> Rates:
-    """Of this machine's device: measured once, in about a second, and kept in the cache folder by device and torch
+    """Of this machine's device: measured once, in two seconds, and kept in the cache folder by device and torch
     version."""
     key = re.sub(r"[^\w.+-]+", "_", f"{name}-torch{torch.__version__}")
     path = cache_folder() / "rates" / f"{key}.json"
@@ -176,7 +176,7 @@ def _measure(device: torch.device) -> Rates:
     return Rates(product(torch.bfloat16), product(torch.float32), moved, launch, overlaps=large)
 
 
-def _best(work: Callable[[], object], device: torch.device, budget: float = 0.15) -> float:
+def _best(work: Callable[[], object], device: torch.device, budget: float = 0.4) -> float:
     """Seconds of one call."""
 
     def timed() -> float:
