@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tunery.config import kinds, parse_yaml
+from tunery.config import kinds
+from tunery.config_file import parse_yaml
 from tunery.job import load_job
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from test_cli import tunery
-from tunery.config import read_config
+from tunery.config_file import read_config
 from tunery.models.load import resolve_name
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel
 
 from tunery.compat.llamafactory import is_llamafactory
-from tunery.config import kinds, load_kind, parse_yaml
+from tunery.config import kinds, load_kind
+from tunery.config_file import parse_yaml
 from tunery.errors import ConfigError
 from tunery.job import Job, load_job
 

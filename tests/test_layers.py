@@ -16,7 +16,7 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 # module named by itself is not in its package's layer.
 LAYERS = [
     ["errors", "types"],
-    ["config"],
+    ["config", "config_file"],
     ["files", "host", "progress", "flops", "memory", "schedule", "kernels", "assets"],
     ["data", "models"],
     ["objectives", "adapters", "optimizers", "policy"],
@@ -152,4 +152,4 @@ def test_the_command_line_starts_without_the_heavy_libraries(code):
 
 
 def test_the_nouns_and_the_configuration_are_light():
-    assert not {"torch", "transformers"} & loaded_after("import tunery.types, tunery.config, tunery.schedule")
+    assert not {"torch", "transformers"} & loaded_after("import tunery.types, tunery.config_file, tunery.schedule")

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunery.config import apply_overrides, validate
+from tunery.config import validate
+from tunery.config_file import apply_overrides
 from tunery.errors import ConfigError
 from tunery.job import Job, load_job
 from tunery.loop import Result, run_job

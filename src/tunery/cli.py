@@ -81,7 +81,7 @@ def _said_here(error: TuneryError) -> str:
 def read_job(path: Path, overrides: list[str] | None) -> Any:
     """A Job from our file or LLaMA-Factory's, with the notes of a conversion printed."""
     from tunery.compat import llamafactory
-    from tunery.config import read_config
+    from tunery.config_file import read_config
     from tunery.job import load_job
 
     words = overrides or []

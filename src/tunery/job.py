@@ -13,11 +13,10 @@ from tunery.config import (
     KindConfig,
     ShortForms,
     Steps,
-    apply_overrides,
     kind_field,
-    read_config,
     validate,
 )
+from tunery.config_file import apply_overrides, read_config
 from tunery.data.dataset import DataConfig
 from tunery.errors import ConfigError
 from tunery.kernels import KernelsConfig, one_word

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tunery import __version__, checkpoint
-from tunery.config import read_config
+from tunery.config_file import read_config
 from tunery.data.dataset import Prepared
 from tunery.data.store import TokenStore
 from tunery.errors import ConfigError, DataError

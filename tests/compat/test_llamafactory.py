@@ -13,7 +13,7 @@ import yaml
 from tunery.compat.llamafactory import NEVER, Converted, convert, is_llamafactory, load, to_yaml
 from tunery.compat.llamafactory_options import FAMILIES, GOVERNED, IGNORED, KNOWN, READ, REFUSED, STYLES
 from tunery.compat.llamafactory_reader import Options
-from tunery.config import parse_yaml, read_config
+from tunery.config_file import parse_yaml, read_config
 from tunery.data.template import named_templates
 from tunery.errors import ConfigError
 from tunery.job import Job, load_job

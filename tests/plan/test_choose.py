@@ -10,7 +10,7 @@ import torch
 from plan_jobs import job_of
 from tiny_runs import tiny_job
 from tunery.api import train
-from tunery.config import read_config
+from tunery.config_file import read_config
 from tunery.devices import GIB, Device, Rates
 from tunery.plan import choose as choosing
 from tunery.plan.bill import Measured, corrected, make_plan

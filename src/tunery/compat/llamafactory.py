@@ -19,7 +19,8 @@ from tunery.compat.llamafactory_data import data_section
 from tunery.compat.llamafactory_method import adapter_section, objective_section
 from tunery.compat.llamafactory_options import REFUSED_STAGES, STAGES
 from tunery.compat.llamafactory_reader import Options
-from tunery.config import apply_overrides, nearest, read_config
+from tunery.config import nearest
+from tunery.config_file import apply_overrides, read_config
 from tunery.errors import ConfigError
 
 SECTIONS = ("model", "data", "objective", "adapter", "optimizer", "schedule", "train", "eval", "report", "output")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunery.config import read_config, validate
+from tunery.config import validate
+from tunery.config_file import read_config
 from tunery.errors import ModelError, TemplateError
 from tunery.models.load import ModelConfig, load_model, load_tokenizer, resolve_name
 
