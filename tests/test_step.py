@@ -201,7 +201,7 @@ def test_a_failure_read_late_is_found_in_its_own_step(tmp_path, monkeypatch):
             weights.update({n: p.detach().clone() for n, p in run.model.named_parameters()})
         return update(run, gate, number, work, *rest)
 
-    from tunery.data.loader import epoch_order
+    from tunery.data.order import epoch_order
 
     bad, weights, update = {int(epoch_order(24, 5, 0, True)[20])}, {}, loop.update
     monkeypatch.setattr(sft.Objective, "loss", broken)

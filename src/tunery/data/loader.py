@@ -1,8 +1,7 @@
-"""What each optimizer step is made of: a pure function of (seed, step), cut for this rank and for memory."""
+"""What each optimizer step is made of: the examples its order gives it, cut for this rank and for memory."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tunery.data.collate import collate
+from tunery.data.order import Order
 from tunery.data.pack import best_fit_decreasing, partition
 from tunery.types import Batch, Tokens
 
@@ -102,29 +102,18 @@ def _one_stream(examples: Sequence[list[Tokens]], rows: Sequence[int]) -> Batch:
     return collate([t for sequences in examples for t in sequences], [row for e, row in counted for _ in e])
 
 
-def epoch_order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The order of the examples in an epoch: a pure function of (seed, epoch)."""
-    if not shuffle:
-        return np.arange(examples)
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(examples)
-
-
 class Loader:
-    """Steps over a store. Each epoch is a fresh order; its last step holds what is left, so no row is dropped."""
+    """Steps over a store, in an Order."""
 
     def __init__(self, store: Store, *, batch_size: int, seed: int, shuffle: bool, how: Cut):
-        self.store, self.batch_size, self.seed, self.shuffle, self.how = store, batch_size, seed, shuffle, how
+        self.store, self.how = store, how
+        self.order = Order(len(store), batch_size=batch_size, seed=seed, shuffle=shuffle)
         self.longest: int = int(store.lengths.max())  # example, in tokens
-        self.steps_per_epoch = math.ceil(len(store) / batch_size)
-        self._order: tuple[int, np.ndarray] | None = None
+        self.steps_per_epoch = self.order.steps_per_epoch
 
     def rows(self, step: int) -> list[int]:
         """Indices of the examples of a step (0-based)."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.store), self.seed, epoch, self.shuffle))
-        start = within * self.batch_size
-        return [int(i) for i in self._order[1][start : start + self.batch_size]]
+        return self.order.rows(step)
 
     def step(self, step: int) -> Step:
         rows = self.rows(step)
@@ -135,9 +124,7 @@ class Loader:
         lengths alone; and whether a step has several streams. Of a long run, evenly spaced steps are looked at and the
         one in which the longest example comes first."""
         steps = list(range(start, total, max(1, (total - start) // LOOKED_AT)))
-        order = epoch_order(len(self.store), self.seed, start // self.steps_per_epoch, self.shuffle)
-        place = int(np.flatnonzero(order == int(self.store.lengths.argmax()))[0])
-        first = start - start % self.steps_per_epoch + place // self.batch_size
+        first = self.order.step_of(int(self.store.lengths.argmax()), start // self.steps_per_epoch)
         if start <= first < total:
             steps.append(first)
         largest, size, several = list[int](), 0, False
@@ -155,8 +142,7 @@ class Loader:
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data after `step` steps."""
-        epochs, within = divmod(step, self.steps_per_epoch)
-        return epochs + min(1.0, within * self.batch_size / len(self.store))
+        return self.order.epoch_at(step)
 
 
 class StreamLoader:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from tunery.data.loader import Cut, Loader, streams
+from tunery.data.loader import Cut, streams
+from tunery.data.order import Order
 from tunery.data.store import TokenStore
 from tunery.job import Job
 from tunery.plan.shadow import Stream
@@ -30,9 +30,6 @@ class AssumedRows:
 
     def sequence_lengths(self, number: int) -> np.ndarray:
         return self.lengths[number : number + 1]
-
-    def sequences(self, number: int, /) -> list[Any]:
-        raise NotImplementedError("rows that are assumed have no tokens")
 
 
 Rows = TokenStore | AssumedRows
@@ -70,15 +67,15 @@ def work_of(job: Job, rows: Rows, micro_tokens: int, world: int = 1) -> Work:
     """What `job` makes of `rows` when streams hold `micro_tokens` tokens."""
     train = job.train
     how = Cut(micro_tokens, train.packing, 0, world)
-    loader = Loader(rows, batch_size=train.batch_size, seed=train.seed, shuffle=train.shuffle, how=how)
+    order = Order(len(rows), batch_size=train.batch_size, seed=train.seed, shuffle=train.shuffle)
     known = not isinstance(rows, AssumedRows)
-    total = train.max_steps or (math.ceil(train.epochs * loader.steps_per_epoch) if known else None)
-    count = min(total or 1, loader.steps_per_epoch)
+    total = train.max_steps or (math.ceil(train.epochs * order.steps_per_epoch) if known else None)
+    count = min(total or 1, order.steps_per_epoch)
     looked_at = range(0, count, max(1, count // SAMPLED))
     cuts: list[list[int]] = []
     largest, tokens = ((), 0), 0
     for step in looked_at:
-        numbers = loader.rows(step)
+        numbers = order.rows(step)
         lengths = [int(rows.lengths[i]) for i in numbers]
         tokens += sum(lengths)
         members = [[numbers[j] for j in stream] for stream in streams(lengths, how)]
@@ -86,7 +83,7 @@ def work_of(job: Job, rows: Rows, micro_tokens: int, world: int = 1) -> Work:
         for stream, size in zip(members, cuts[-1], strict=True):
             largest = max(largest, (tuple(stream), size), key=lambda found: found[1])
     return Work(
-        total, loader.steps_per_epoch if known else None, tokens / len(looked_at), cuts, _stream(rows, largest[0]),
+        total, order.steps_per_epoch if known else None, tokens / len(looked_at), cuts, _stream(rows, largest[0]),
         float(rows.labelled.sum() / rows.lengths.sum()), _mean_length(rows),
     )  # fmt: skip
 
