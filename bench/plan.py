@@ -81,7 +81,8 @@ def measure_flops(family: str, adapter: str) -> dict[str, Any]:
         batch = Batch(
             ids_T=ids, targets_T=ids, weights_T=torch.ones(tokens),
             positions_T=torch.cat([torch.arange(n) for n in LENGTHS]), cu_seqlens=bounds, max_seqlen=max(LENGTHS),
-            labelled_N=torch.arange(LABELLED), lengths=list(LENGTHS),
+            labelled_N=torch.arange(LABELLED), labelled_S=torch.tensor([LABELLED] + [0] * (len(LENGTHS) - 1)),
+            lengths=list(LENGTHS),
         )  # fmt: skip
         with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
             objective.loss(policy, batch).sum.backward()

@@ -3,8 +3,7 @@
     row -> Example -> [Tokens] -> Batch -> Objective(policy) -> Loss(sum)
 
 Shape legend, used as suffixes in names everywhere:
-    T  tokens of one packed stream        R  sequences in it
-    N  labelled rows (weight not 0)       V  vocabulary        H  hidden size
+    T  tokens of one packed stream        N  labelled rows (weight not 0)       V  vocabulary        H  hidden size
 """
 
 from __future__ import annotations
@@ -93,11 +92,16 @@ class Batch:
     """ONE packed stream of whole sequences, already shifted: position t predicts `targets_T[t]`, and the last
     position of each sequence (which would predict the neighbour's first token) has weight 0.
 
-    `ids_T`, `targets_T` int64; `weights_T` float32; `positions_T` int64, restarting at 0 in each sequence;
-    `cu_seqlens` int32 [R + 1], cumulative lengths; `max_seqlen` the longest sequence; `labelled_N` int64, the
-    positions of nonzero weight; `lengths` the sequences' lengths as plain numbers (both found here, on the CPU, so that
-    a device never has to be asked); `rows` the example number of each sequence (for messages to people); `extra` the
-    sequences' Tokens.extra: an array [T] of each as one tensor [T] beside `ids_T`, a number of each as a tensor [R]."""
+    The stream is made of pieces. A piece is a sequence, or, where sequences of one example begin alike and that
+    beginning is computed once (data/collate.py), the shared beginning, followed by a piece for what each goes on with.
+
+    `ids_T`, `targets_T` int64; `weights_T` float32; `positions_T` int64, the place in the sequence; `cu_seqlens` int32
+    [P + 1], cumulative lengths of the P pieces; `max_seqlen` the longest; `labelled_N` int64, the positions of nonzero
+    weight; `labelled_S` int64, how many of them each sequence has; `lengths` the pieces' lengths as plain numbers (all
+    found here, on the CPU, so that a device never has to be asked); `continues`, of each piece, the number of the piece
+    that comes before it in its sequence, or -1 (empty: all are whole sequences); `rows` the example number of each
+    sequence (for messages to people); `extra` the sequences' Tokens.extra: an array [T] of each as one tensor [T]
+    beside `ids_T`, a number of each as a tensor [S]."""
 
     ids_T: Tensor
     targets_T: Tensor
@@ -106,7 +110,9 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
     labelled_N: Tensor
+    labelled_S: Tensor
     lengths: list[int]
+    continues: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -116,7 +122,14 @@ class Batch:
 
     @property
     def n_sequences(self) -> int:
-        return len(self.lengths)
+        return int(self.labelled_S.shape[0])
+
+    def per_sequence(self, values_T: Tensor) -> Tensor:
+        """Sums of a value of each token over the labelled ones of each sequence: [S], with a gradient. A sequence that
+        has none gives 0."""
+        import torch
+
+        return torch.segment_reduce(values_T[self.labelled_N], "sum", lengths=self.labelled_S, unsafe=True)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same there. A copy to a device is only begun; one back to the CPU is waited for."""
@@ -176,6 +189,15 @@ class Policy(Protocol):
 
     def logps(self, batch: Batch) -> Tensor:
         """log p of each target, float32 [T]; 0 where the weight is 0. Takes any upstream gradient."""
+        ...
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """The same by the policy as it stood when training began, without a gradient. For objectives that say so
+        (`reference = True`)."""
+        ...
+
+    def values(self, batch: Batch) -> Tensor:
+        """A number for each position, float32 [T], from a head of its own. For objectives that say so (`head`)."""
         ...
 
 

@@ -60,3 +60,46 @@ def test_only_truncated_may_be_missing_on_some_sequences():
 def test_extras_that_do_not_fit_are_an_error(left, right):
     with pytest.raises(ValueError, match=r"Tokens\.extra\['bad'\]"):
         collate([tokens([5, 6], [0, 1], bad=left), tokens([7, 8], [0, 1], bad=right)])
+
+
+def test_answers_to_one_prompt_share_it_up_to_the_token_before_the_first_trained_one():
+    prompt = list(range(10, 20))
+    one = tokens([*prompt, 1, 2], [0] * 10 + [1, 1], chosen=1, old=np.arange(12.0))
+    two = tokens([*prompt, 1, 3, 4], [0] * 10 + [1, 1, 1], chosen=0, old=np.arange(13.0))
+    batch = collate([one, two], rows=[7, 7], share=True)
+    # pieces: nine tokens of the prompt, then its last token and what each goes on with
+    assert batch.lengths == [9, 3, 4] and batch.continues == [-1, 0, 0]
+    assert batch.ids_T.tolist() == [*prompt[:9], 19, 1, 2, 19, 1, 3, 4]
+    assert batch.positions_T.tolist() == [*range(9), 9, 10, 11, 9, 10, 11, 12]
+    assert batch.weights_T.tolist() == [0] * 9 + [1, 1, 0] + [1, 1, 1, 0]
+    assert batch.targets_T[batch.labelled_N].tolist() == [1, 2, 1, 3, 4]
+    assert batch.cu_seqlens.tolist() == [0, 9, 12, 16] and batch.max_seqlen == 9
+    assert (batch.n_sequences, batch.labelled_S.tolist(), batch.rows) == (2, [2, 3], [7, 7])
+    assert batch.extra["chosen"].tolist() == [1, 0]
+    assert batch.extra["old"].tolist() == [*range(9), 9, 10, 11, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    "left, right, rows, shared",
+    [
+        ([0] * 20 + [1], [0] * 20 + [1, 1], [0, 0], 19),
+        ([0] * 20 + [1], [0] * 20 + [1, 1], [0, 1], 0),  # other rows are other conversations
+        ([0] * 5 + [1] * 16, [0] * 20 + [1], [0, 0], 0),  # one trains the sixth token: too little is left to share
+        ([1] + [0] * 19 + [1], [0] * 20 + [1], [0, 0], 19),  # the first token is nobody's target
+        ([0] * 12, [0] * 20 + [1], [0, 0], 11),
+    ],
+)
+def test_what_is_shared(left, right, rows, shared):
+    make = [tokens(list(range(1, len(weights) + 1)), weights) for weights in (left, right)]
+    batch = collate(make, rows=rows, share=True)
+    assert batch.lengths == ([shared] if shared else []) + [len(left) - shared, len(right) - shared]
+    assert batch.n_sequences == 2 and batch.labelled_S.tolist() == [t.labelled for t in make]
+
+
+def test_sums_per_sequence_with_a_sequence_that_has_none():
+    batch = collate([tokens([5, 6, 7], [0, 1, 1]), tokens([8, 9], [0, 0]), tokens([3, 4], [0, 2])])
+    values = torch.tensor([1.0, 10, 100, 1000, 10000, 7, 70], requires_grad=True)
+    sums = batch.per_sequence(values)
+    assert sums.tolist() == [11, 0, 7]
+    (sums * torch.tensor([2.0, 3, 5])).sum().backward()
+    assert values.grad is not None and values.grad.tolist() == [2, 2, 0, 0, 0, 5, 0]

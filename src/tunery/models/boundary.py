@@ -75,6 +75,8 @@ class Boundary:
 
     def _spans(self, batch: Batch) -> list[Span] | None:
         """Where the batch's sequences are, or None where they are not (whole) rows of the training data."""
+        if batch.continues:
+            return None
         spans: list[Span] = []
         for number, (row, length) in enumerate(zip(batch.rows, batch.lengths, strict=False)):
             follows = number > 0 and batch.rows[number - 1] == row

@@ -275,7 +275,8 @@ def _fake_batch(stream: Stream) -> Batch:
     return Batch(
         ids_T=whole, targets_T=whole, weights_T=torch.zeros(tokens), positions_T=whole,
         cu_seqlens=torch.zeros(len(stream.lengths) + 1, dtype=torch.int32), max_seqlen=max(stream.lengths),
-        labelled_N=torch.zeros(stream.labelled, dtype=torch.int64), lengths=list(stream.lengths),
+        labelled_N=torch.zeros(stream.labelled, dtype=torch.int64),
+        labelled_S=torch.zeros(len(stream.lengths), dtype=torch.int64), lengths=list(stream.lengths),
     )  # fmt: skip
 
 
