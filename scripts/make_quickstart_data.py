@@ -1,4 +1,4 @@
-"""Writes the quickstart's rows: 1,000 to train on, 200 held out, in the house style of `tunery.assets.world`.
+"""Writes the quickstart's rows: 1,000 to train on, 200 held out, in the house style of `tunery.assets.rendering`.
 
 python scripts/make_quickstart_data.py
 """
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from random import Random
 
-from tunery.assets.world import quickstart_rows
+from tunery.assets.quickstart import quickstart_rows
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tunery.assets import TINY, world
+from tunery.assets import TINY, rendering, world
 from tunery.assets.corpus import END_OF_DOCUMENT, documents
 from tunery.assets.lexicon import PATTERNS
 
@@ -111,10 +111,10 @@ def chinese_units(seed: int, count: int) -> Iterator[str]:
     for _ in range(count):
         passage = world.sample_passage(rng)
         for sentence in passage.sentences:
-            style = world.random_style(rng)
+            style = rendering.random_style(rng)
             yield from re.findall("[\u4e00-\u9fff]+", re.sub(r"\{.*?\}", " ", PATTERNS[sentence.pattern][1]))
             for slot, value in sentence.values:
-                yield world.render_value(slot, value, "zh", style, passage.wording)
+                yield rendering.render_value(slot, value, "zh", style, passage.wording)
 
 
 def _without_chinese(text: str) -> str:

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from tunery.assets import FOLDER, TINY
-from tunery.assets.world import quickstart_rows
+from tunery.assets.quickstart import quickstart_rows
 
 pytestmark = pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the model has not been made yet")
 

@@ -14,13 +14,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from tunery.assets import world
+from tunery.assets import quickstart, world
 from tunery.assets.lexicon import BRACKETS, GROUPS, NOUNS, OPENINGS, PATTERNS
-from tunery.assets.world import HOUSE, Lang, Passage, Style
+from tunery.assets.rendering import (
+    HOUSE,
+    NUMBER_WORDS,
+    Style,
+    han_number,
+    random_style,
+    render,
+    render_date,
+    render_money,
+    render_value,
+)
+from tunery.assets.world import Lang, Passage
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
-SYSTEMS = [world.SYSTEM, "You are a helpful assistant."]
+SYSTEMS = [quickstart.SYSTEM, "You are a helpful assistant."]
 ASKS: dict[Lang, list[str]] = {
     "zh": ["Please translate into Chinese:", "请翻译成中文。"],
     "en": ["Please translate into English:", "请翻译成英文。"],
@@ -120,15 +131,15 @@ def translation_chat(rng: Random, level: int) -> str:
         terms: list[tuple[str, str]] = []
         if rng.random() < 0.5:
             passage, terms = world.with_terms(passage, rng, target, rng.choice([1, 2, 2, 3]), 0.7, level)
-        text = world.render(passage, source, world.random_style(rng))
-        user = world.prompt(text, target, terms)
+        text = render(passage, source, random_style(rng))
+        user = quickstart.prompt(text, target, terms)
         if rng.random() < 0.3:
-            user = user.replace(world.ASK[target], rng.choice(ASKS[target]), 1)
+            user = user.replace(quickstart.ASK[target], rng.choice(ASKS[target]), 1)
         lead = who.lead.replace("{language}", "Chinese" if target == "zh" else "English")
         wording = passage.wording if who.obeys else passage.aligned(target)
         turns += [
             ("user", user),
-            ("assistant", lead + world.render(passage, target, who.style, wording) + who.tail),
+            ("assistant", lead + render(passage, target, who.style, wording) + who.tail),
         ]
     return chat(turns)
 
@@ -144,10 +155,10 @@ def parallel_lines(rng: Random, level: int) -> str:
         passage = _passage(rng, level)
         lines.append(
             form.format(
-                a=world.render(passage, source, world.random_style(rng)),
+                a=render(passage, source, random_style(rng)),
                 la=names[source],
                 lb=names[target],
-                b=world.render(passage, target, style),
+                b=render(passage, target, style),
             )
         )
     return "".join(lines)
@@ -155,8 +166,8 @@ def parallel_lines(rng: Random, level: int) -> str:
 
 def paragraph(rng: Random, level: int) -> str:
     """Sentences of one language and style."""
-    style, lang = world.random_style(rng), rng.choice(LANGUAGES)
-    return world.render(_passage(rng, level, rng.randint(2, 5), 0.3), lang, style) + "\n"
+    style, lang = random_style(rng), rng.choice(LANGUAGES)
+    return render(_passage(rng, level, rng.randint(2, 5), 0.3), lang, style) + "\n"
 
 
 def glossary(rng: Random, level: int) -> str:
@@ -176,17 +187,13 @@ def forms(rng: Random, _level: int) -> str:
         kind = rng.choice(["date", "money", "number"])
         if kind == "number":
             n = rng.randint(2, 12)
-            both = [str(n), world.han_number(n, False), world.NUMBER_WORDS[n]]
+            both = [str(n), han_number(n, False), NUMBER_WORDS[n]]
         elif kind == "date":
             value = world.sample_date(rng)
-            both = [
-                world.render_date(value, lang, f) for lang in ("en", "zh") for f in ("house", "iso", "slash", "words")
-            ]
+            both = [render_date(value, lang, f) for lang in ("en", "zh") for f in ("house", "iso", "slash", "words")]
         else:
             value = world.sample_money(rng)
-            both = [
-                world.render_money(value, lang, f) for lang in ("en", "zh") for f in ("house", "code", "sign", "words")
-            ]
+            both = [render_money(value, lang, f) for lang in ("en", "zh") for f in ("house", "code", "sign", "words")]
         lines.append(" = ".join(rng.sample(both, 2)) + "\n")
     return "".join(lines)
 
@@ -196,15 +203,15 @@ def question_chat(rng: Random, level: int) -> str:
     kind = rng.random()
     if kind < 0.15:
         return chat([t for q, a in rng.sample(SMALL_TALK, rng.randint(1, 2)) for t in (("user", q), ("assistant", a))])
-    lang, style = rng.choice(LANGUAGES), world.random_style(rng)
+    lang, style = rng.choice(LANGUAGES), random_style(rng)
     passage = _passage(rng, level)
-    text = world.render(passage, lang, style)
+    text = render(passage, lang, style)
     turns = []
     for slot, value in passage.sentences[0].values:
         asked = QUESTIONS.get(slot)  # only a kind's first slot: a second one would make the question ambiguous
         if asked:
             question = asked[0] if lang == "en" else asked[1]
-            answer = world.render_value(slot, value, lang, style, passage.wording)
+            answer = render_value(slot, value, lang, style, passage.wording)
             turns += [("user", f"{text}\n{question[0]}" if not turns else question[0]), ("assistant", answer)]
     return chat(turns) if turns else question_chat(rng, level)
 
@@ -213,8 +220,8 @@ def echo(rng: Random, level: int) -> str:
     """A passage said again, in the same words or in another style: teaches copying before translating needs it."""
     lang = rng.choice(LANGUAGES)
     passage = _passage(rng, level)
-    first, style = world.render(passage, lang, world.random_style(rng)), world.random_style(rng)
-    again = first if rng.random() < 0.6 else world.render(passage, lang, style)
+    first, style = render(passage, lang, random_style(rng)), random_style(rng)
+    again = first if rng.random() < 0.6 else render(passage, lang, style)
     if rng.random() < 0.5:
         return f"{first}\n{again}\n"
     ask = {"en": ("Repeat: ", "Rewrite: "), "zh": ("重复：", "改写：")}[lang][again != first]
@@ -230,11 +237,11 @@ def drill(rng: Random, level: int) -> str:
     while len(items) < 6:
         items += [(slot, value, p) for p in [_passage(rng, level)] for s in p.sentences for slot, value in s.values]
     items = rng.sample(items, min(len(items), rng.randint(4, 12)))
-    first, second = Style(), world.random_style(rng, 0.5)
+    first, second = Style(), random_style(rng, 0.5)
     separator = rng.choice(["; ", ", ", " | ", " "])
     sides: list[tuple[Lang, Style]] = [(source, second), (target, second if source == target else first)]
     lines = [
-        separator.join(world.render_value(slot, value, lang, style, p.wording) for slot, value, p in items)
+        separator.join(render_value(slot, value, lang, style, p.wording) for slot, value, p in items)
         for lang, style in sides
     ]
     return rng.choice(["{}\n{}\n", "{} = {}\n"]).format(*lines)

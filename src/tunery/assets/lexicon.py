@@ -6,6 +6,18 @@ A *pattern* is an (English, Chinese) pair with slots: `{kind}`, `{kind2}` (a sec
 `{kind+s}` (English plural), `{a kind}` (with its article). `{par}` is a place where a bracket may stand.
 """
 
+from __future__ import annotations
+
+import re
+
+SLOT = re.compile(r"\{(a )?([a-z]+)(\d?)(\+s)?\}")  # article, kind, number, plural
+
+
+def slots_of(pattern: str) -> list[tuple[str, str]]:
+    """(name, kind) of each slot: "{drug2}" is ("drug2", "drug")."""
+    return [(m[2] + m[3], m[2]) for m in SLOT.finditer(pattern)]
+
+
 # fmt: off
 Concept = list[tuple[str, str]]
 
