@@ -28,7 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_contestants import PREFIX, SHAPES, Spec, parameters
+from bench.gpu_contestants import PREFIX
+from bench.gpu_job import SHAPES, Spec, parameters
 from bench.results_page import HERE, described, save_result, write_section
 
 DATA = {"dense": "rows of 4,096 tokens, all trained", "ragged": "Alpaca's lengths, answers trained"}
