@@ -87,7 +87,8 @@ def load_kind(folder: str, kind: str) -> ModuleType:
 def build(folder: str, config: KindConfig, *args: Any) -> Any:
     """The implementation of a section with a kind: the class in its module that is named like the folder's noun
     (objectives -> Objective, adapters -> Adapter, ...), called with the config."""
-    noun = {"objectives": "Objective", "adapters": "Adapter", "optimizers": "Optimizer"}[folder]
+    nouns = {"objectives": "Objective", "adapters": "Adapter", "optimizers": "Optimizer", "rewards": "Reward"}
+    noun = nouns[folder]
     return getattr(load_kind(folder, config.kind), noun)(config, *args)
 
 

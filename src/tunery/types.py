@@ -159,13 +159,44 @@ class Loss:
 
 @dataclass(slots=True)
 class Completion:
-    """What a generator made of one request. `finish` is "stop" (an end token) or "length"."""
+    """What a generator made of one request. `finish` is "stop" (an end token) or "length". `logps`, where the generator
+    was asked for them: the log-probability it gave each of `ids` at the sampling's temperature, before top-k and
+    top-p."""
 
     index: int
     ids: list[int]
     text: str
     finish: str
     message: Message | None = None
+    logps: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Answer:
+    """A completion as a reward sees it (rewards/): the conversation it answers, its `text`, its tokens `ids` (the end
+    token included), how it ended (`finish` as Completion's), and what the row says of it: `ground_truth`, and all its
+    `columns`. `where` is the row's file:row."""
+
+    prompt: Sequence[Message]
+    text: str
+    ids: Sequence[int]
+    finish: str
+    ground_truth: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One completion of a rollout. `row`: the number of its example; `tokens`: the prompt's ids and the completion's
+    exactly as generated, with weight 1 on the completion, and in `extra` what is known of each token. `rewards` by name
+    (None where a reward does not apply), `reward` their weighted sum (None where none applies)."""
+
+    row: int
+    tokens: Tokens
+    answer: Answer
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
 
 
 class Template(Protocol):

@@ -86,6 +86,13 @@ def choose(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None, unifor
     return order_BV.gather(-1, torch.minimum(place_B1, last_B1))[:, 0]
 
 
+def logps_of(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+    """Log-probability of each row's token at a temperature (0: at 1, since the likeliest token has no odds): float32 or
+    wider, [B]."""
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / (temperature or 1.0)
+    return logits_BV.gather(-1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
+
+
 @dataclass(slots=True)
 class _Row:
     """One request on its way: `ids` grows until `finish` is set. `text` is kept up only where there is a `stream`."""
@@ -97,6 +104,7 @@ class _Row:
     stream: TextStream | None = None
     text: str = ""
     ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
     finish: str = ""
 
     def add(self, token: int, end_ids: set[int], stops: Sequence[str]) -> None:
@@ -123,15 +131,23 @@ class HFGenerator:
 
     `template` turns messages into prompts and says which tokens end an answer (`end_ids`); None will do for requests
     that are token ids (the tokenizer's end-of-sequence token ends them). `batch_tokens` bounds a batch: rows x
-    (longest prompt + max_new_tokens); a batch that still does not fit the device's memory is halved."""
+    (longest prompt + max_new_tokens); a batch that still does not fit the device's memory is halved. `logps`: have each
+    Completion say what probability its tokens had."""
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, template: Any = None, *, batch_tokens: int = 16384
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Any = None,
+        *,
+        batch_tokens: int = 16384,
+        logps: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
         self.batch_tokens = batch_tokens
+        self.logps = logps
         ends: list[Any] = list(template.end_ids) if template is not None else [tokenizer.eos_token_id]
         self.end_ids: set[int] = {token for token in ends if token is not None}
         base = unwrap(model)
@@ -234,7 +250,7 @@ class HFGenerator:
         if self.template is not None:
             cut = row.stream is not None and row.finish == "stop" and row.ids[-1] not in self.end_ids
             message = Message("assistant", row.text) if cut else self.template.parse(row.ids)
-        return Completion(row.index, row.ids, row.text, row.finish, message)
+        return Completion(row.index, row.ids, row.text, row.finish, message, row.logps)
 
     # ------------------------------------------------------------ the loop
 
@@ -246,10 +262,14 @@ class HFGenerator:
         while alive:
             with torch.no_grad():
                 logits_BV = state.forward() if state else self._uncached(alive)
-                tokens = self._pick(logits_BV, alive, state, sampling)
-            for row, token in zip(alive, tokens, strict=True):
+                tokens_B = self._pick(logits_BV, alive, sampling)
+                tokens = tokens_B.tolist()
+                logps = logps_of(logits_BV, tokens_B, sampling.temperature).tolist() if self.logps else None
+            for number, row in enumerate(alive):
                 if not row.finish:
-                    row.add(token, self.end_ids, sampling.stop)
+                    row.add(tokens[number], self.end_ids, sampling.stop)
+                    if logps is not None:
+                        row.logps.append(logps[number])
             keep = [i for i, row in enumerate(alive) if not row.finish]
             if keep and state is not None:
                 if len(keep) > 0.75 * len(alive):
@@ -263,7 +283,7 @@ class HFGenerator:
         ids_1T = torch.tensor([row.prompt + row.ids], device=unwrap(self.model).device)
         return self.model(input_ids=ids_1T, **self.last_only).logits[:, -1]
 
-    def _pick(self, logits_BV: Tensor, alive: list[_Row], state: _State | None, sampling: Sampling) -> list[int]:
+    def _pick(self, logits_BV: Tensor, alive: list[_Row], sampling: Sampling) -> Tensor:
         if bool(logits_BV.isnan().any()):
             raise ModelError(
                 f"request {alive[0].index + 1} (or one beside it): the model's output is not a number; its weights are "
@@ -275,7 +295,7 @@ class HFGenerator:
             for i, row in enumerate(alive):
                 seen_BV[i, torch.tensor(row.prompt + row.ids, device=seen_BV.device)] = True
         uniforms_B = torch.tensor([row.uniforms.random() for row in alive], dtype=torch.float64)
-        return choose(logits_BV, sampling, seen_BV, uniforms_B.to(logits_BV.device)).tolist()
+        return choose(logits_BV, sampling, seen_BV, uniforms_B.to(logits_BV.device))
 
 
 class _State:
