@@ -79,21 +79,24 @@ class Planner:
         self.note: str | None = None  # what is not as good as usual
         self.most = job.train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
         self.work = lru_cache(maxsize=None)(self._work)
-        self.profile = lru_cache(maxsize=None)(self._profile)
+        self._traced = lru_cache(maxsize=None)(self._trace)
         self.line = lru_cache(maxsize=None)(self._line)
 
     def _work(self, micro_tokens: int) -> Work:
         return work_of(self.job, self.rows, micro_tokens, self.world)
 
-    def _profile(self, stream: Stream, rung: str, accumulates: bool) -> Profile:
-        run_on = "full" if rung == "offload" else rung
+    def profile(self, stream: Stream, rung: str, accumulates: bool) -> Profile:
+        """Of one micro-batch. What is offloaded is run as on the rung full."""
+        return self._traced(stream, "full" if rung == "offload" else rung, accumulates)
+
+    def _trace(self, stream: Stream, rung: str, accumulates: bool) -> Profile:
         device = self.device.kind
         try:
-            return trace(self.shadow, self.objective, stream, run_on, device=device, accumulates=accumulates)
+            return trace(self.shadow, self.objective, stream, rung, device=device, accumulates=accumulates)
         except Exception as error:  # a model's own code, which may do anything
             first_line = str(error).partition("\n")[0]
             self.note = f"by formula, since the model's code does not run on shapes alone ({first_line[:120]})"
-            return closed_form(self.shadow, stream, run_on, device, accumulates)
+            return closed_form(self.shadow, stream, rung, device, accumulates)
 
     def _line(self, rung: str) -> Line:
         """Between the longest stream of all and one of half its tokens."""
