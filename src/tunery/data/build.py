@@ -38,12 +38,14 @@ class Inputs:
 
 @dataclass
 class Built:
-    """`eval_examples` are the conversations of `eval`, in its order."""
+    """`eval_examples` are the conversations of `eval`, in its order; `train_examples` those of `train`, for an objective
+    that generates (else none)."""
 
     train: TokenStore
     eval: TokenStore | None
     eval_examples: list[Example]
     report: DataReport
+    train_examples: list[Example] = field(default_factory=list)
 
 
 @dataclass
@@ -68,11 +70,13 @@ class Rows:
 def build(inputs: Inputs) -> Built:
     """Read and tokenise everything. Raises ConfigError and DataError; see dataset.prepare."""
     report = DataReport([SourceReport(source.key, source.name) for source in inputs.train + inputs.eval])
+    generates = getattr(inputs.objective, "generates", False)  # its rows are prompts; rewards read the other columns
     files: dict[str, int] = {}
     with paused_gc():
         train, held = Rows(), Rows()
         for number, source in enumerate(inputs.train + inputs.eval):
-            _read(source, number, report, files, train if number < len(inputs.train) else held)
+            rows = read_examples(source, report.sources[number], keep_columns=generates)
+            _take(rows, number, report, files, train if number < len(inputs.train) else held)
             inputs.beat()
         if inputs.fraction is not None:
             train, held = _hold_out(train, inputs.fraction, inputs.seed)
@@ -84,16 +88,22 @@ def build(inputs: Inputs) -> Built:
     names = list(files)
     total = len(train.examples) + len(held.examples)
     with _progress(inputs.console, total) as advance:
-        train_store, _ = _tokenised(train, names, inputs, report, advance)
+        train_store, used = _tokenised(train, names, inputs, report, advance)
         eval_store, kept = _tokenised(held, names, inputs, report, advance)
     _count(report, train_store, eval_store, has_eval)
     enforce(report, inputs.max_bad)
-    enforce_learnable(report)
-    return Built(train_store, eval_store if has_eval else None, [held.examples[i] for i in kept], report)
+    enforce_learnable(report, generates)
+    return Built(
+        train_store, eval_store if has_eval else None, [held.examples[i] for i in kept], report,
+        [train.examples[i] for i in used] if generates else [],
+    )  # fmt: skip
 
 
-def _read(source: Located, number: int, report: DataReport, files: dict[str, int], into: Rows) -> None:
-    for file, row, example in read_examples(source, report.sources[number]):
+def _take(
+    rows: Iterator[tuple[str, int, Example | Refused]], number: int, report: DataReport, files: dict[str, int],
+    into: Rows,
+) -> None:  # fmt: skip
+    for file, row, example in rows:
         if isinstance(example, Refused):
             report.refuse(number, file, row, example)
         else:

@@ -79,13 +79,15 @@ class DataConfig(Config):
 class Prepared:
     """Data ready for training: `train` a TokenStore, or a StreamingExamples where data.streaming; `eval` the held-out
     examples, tokenised, and `eval_examples` the same as conversations, for generation (in the order they were read;
-    rows refused in tokenising are not among them). `located` are the training sources."""
+    rows refused in tokenising are not among them). `located` are the training sources. `train_examples`, of an
+    objective that generates: the examples of `train`, in its order."""
 
     train: TokenStore | StreamingExamples
     eval: TokenStore | None
     eval_examples: list[Example]
     report: DataReport
     located: list[Located] = field(default_factory=list)
+    train_examples: list[Example] = field(default_factory=list)
 
 
 def prepare(
@@ -98,6 +100,8 @@ def prepare(
     bar. Raises ConfigError and DataError."""
     started = time.perf_counter()
     check_config(config)
+    if config.streaming and getattr(objective, "generates", False):
+        raise ConfigError("data.streaming: an objective that generates keeps its prompts in memory; set it to false")
     train = [locate(s, f"data.train[{i}]", config.dataset_dir) for i, s in enumerate(config.train)]
     held = config.eval if isinstance(config.eval, list) else []
     eval_ = [locate(s, f"data.eval[{i}]", config.dataset_dir) for i, s in enumerate(held)]
@@ -117,7 +121,9 @@ def prepare(
         made = _streamed(config, inputs, cache_key)
         made.report.seconds = time.perf_counter() - started
         return made
-    built = _cached(inputs, cache_key) if config.cache else build(inputs)
+    generates = getattr(objective, "generates", False)
+    # Rewards want the rows themselves, which the cache does not keep, and prompts are tokenised in no time.
+    built = _cached(inputs, cache_key) if config.cache and not generates else build(inputs)
     built.report.seconds = time.perf_counter() - started
     enforce(built.report, config.max_bad)
     store = built.train
@@ -128,7 +134,10 @@ def prepare(
         for number, entry in enumerate(built.report.sources[: len(train)]):
             mine = drawn == number
             entry.epoch = int(mine.sum()), int(store.lengths[mine].sum())
-    return Prepared(store, built.eval, built.eval_examples, built.report, train)
+    examples = built.train_examples
+    if examples and store.index is not None:
+        examples = [examples[i] for i in store.index.tolist()]
+    return Prepared(store, built.eval, built.eval_examples, built.report, train, examples)
 
 
 def _streamed(config: DataConfig, inputs: Inputs, cache_key: str) -> Prepared:

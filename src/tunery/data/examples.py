@@ -19,11 +19,11 @@ _LOOKED_AT = 100  # rows that decide the format and the columns
 
 
 def read_examples(
-    located: Located, report: SourceReport, streaming: bool = False
+    located: Located, report: SourceReport, streaming: bool = False, keep_columns: bool = False
 ) -> Iterator[tuple[str, int, Example | Refused]]:
-    """(file, row, Example or why not) of a source, in order; `Example.meta` has "file" and "row". What is found out
-    about the source goes into `report`; a format that is there already is kept. Raises DataError where no format
-    fits, ConfigError for wrong columns."""
+    """(file, row, Example or why not) of a source, in order; `Example.meta` has "file" and "row", and "columns", the
+    row as it was read, where `keep_columns`. What is found out about the source goes into `report`; a format that is
+    there already is kept. Raises DataError where no format fits, ConfigError for wrong columns."""
     rows = read_rows(located, streaming)
     first = list(itertools.islice(rows, _LOOKED_AT))
     while first and all(isinstance(row, Refused) for _, _, row in first):
@@ -34,6 +34,7 @@ def read_examples(
     seen = [row for _, _, row in first if not isinstance(row, Refused)]
     if seen and not report.format:
         choose_format(located, seen, report)
+        report.unread = [] if keep_columns else report.unread
     parse = load_format(report.format).parse if report.format else None
     columns, tags = report.columns, located.source.tags
     unseen = {name for name in located.source.columns.values() if name and seen} - {
@@ -54,6 +55,8 @@ def read_examples(
             continue
         example.meta["file"] = file
         example.meta["row"] = number
+        if keep_columns:
+            example.meta["columns"] = dict(row)
         yield file, number, example
     if unseen:
         raise _no_column(located, unseen, seen)

@@ -291,8 +291,9 @@ def enforce(report: DataReport, max_bad: float) -> None:
             )
 
 
-def enforce_learnable(report: DataReport) -> None:
-    """Raises DataError where a side has nothing to learn from or to measure: no example, or no trained token."""
+def enforce_learnable(report: DataReport, generates: bool = False) -> None:
+    """Raises DataError where a side has nothing to learn from or to measure: no example, or (unless the tokens to train
+    on are yet to be generated) no trained token."""
     for key, side in (("train", report.train), ("eval", report.eval)):
         sources = [source for source in report.sources if source.key.startswith(f"data.{key}")]
         if side is None or (key == "train" and not sources):
@@ -302,7 +303,7 @@ def enforce_learnable(report: DataReport) -> None:
             why = f"; all {lost:,} usable rows are in the evaluation data too" if lost else ""
             refused = f":\n{_why(report.refused)}" if report.refused else ""
             raise DataError(f"data.{key}: no row is left{why}{refused}")
-        if not side.labelled:
+        if not side.labelled and not generates:
             raise DataError(
                 f"data.{key}: none of the {side.tokens:,} tokens is trained; the answers have weight 0, or the "
                 "objective trains nothing of these rows"
