@@ -31,6 +31,7 @@ from tunery.guard import Gate
 from tunery.job import Job
 from tunery.models.load import load_model
 from tunery.models.target import load_adapter
+from tunery.reference import drop_reference, keep_reference
 from tunery.report import NullReport, Report
 from tunery.run_folder import (
     REFUSED,
@@ -98,6 +99,7 @@ def run_job(job: Job, console: Any = None) -> Result:
             if console is not None:
                 read.data.report.print(console)
         run = set_up(job, engine, read, resume)
+        keep_reference(run, console if engine.is_main else None)
         keep_frozen_states(run)
         if engine.is_main:
             check_disk(run)
@@ -201,6 +203,7 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
         if run.adapter.changes_base:
             _compare_saved(run, report)
     drop_frozen_states(run)
+    drop_reference(run)
     run.engine.barrier()
     showcase.after()
     metrics = report.finish(model_step=final)

@@ -6,7 +6,7 @@ run one sequence at a time, or through its own head, and that is said."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -26,6 +26,8 @@ from tunery.types import Batch
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 PROBE_LENGTH = 32
 LOW = (torch.bfloat16, torch.float16)
+# Of Batch.extra: the reference's log p of each position's target, where it is known beforehand.
+REFERENCE = "reference_logps"
 
 
 class CausalPolicy:
@@ -36,7 +38,8 @@ class CausalPolicy:
     `probe` off believes the shortcuts below instead of comparing, for a model that has shapes and no numbers (a plan).
     `reference_head`: the loss from all labelled logits at once. Batches of several sequences are always taken; where
     `packs` is False they are run one by one. `notes` says which shortcuts the model could not take. `boundary`, once
-    given: where training keeps the hidden states that enter the first trained layer."""
+    given: where training keeps the hidden states that enter the first trained layer. `at_start`, once given: a context
+    in which the model has the weights that training began with (reference.py)."""
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class CausalPolicy:
         self.head_loss = linear_cross_entropy.reference if reference_head else linear_cross_entropy.linear_cross_entropy
         self.notes: list[str] = []
         self.boundary: Boundary | None = None
+        self.at_start: Callable[[], AbstractContextManager[None]] | None = None
         self.device = next(model.parameters()).device
         self.parts: Parts | None = take_apart(model)
         self.packs = not _rotary_of_the_whole(self.causal.config, max_length)
@@ -87,6 +91,21 @@ class CausalPolicy:
         rows = batch.labelled_N
         logps_N = self._logps_of(self._hidden(batch)[rows], batch.targets_T[rows])
         return torch.zeros(batch.n_tokens, dtype=logps_N.dtype, device=logps_N.device).index_put((rows,), logps_N)
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """`logps` of the policy as it stood when training began, without dropout and without a gradient: those that the
+        batch brings along where they were kept, else by a forward of its own."""
+        kept = batch.extra.get(REFERENCE)
+        if kept is not None:
+            return kept
+        assert self.at_start is not None, "the objective does not say that it needs a reference"
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.at_start():
+                return self.logps(batch)
+        finally:
+            self.model.train(was_training)
 
     def run_frozen(self, batch: Batch) -> None:
         """Run only the layers below the boundary, as in training, to leave their hidden states there."""

@@ -111,7 +111,7 @@ def _cut(extra: dict[str, torch.Tensor], sequences: Sequence[Tokens], pieces: Se
 
 
 # Extras that a sequence may be without, and what it has then.
-_DEFAULTS = {"truncated": False}
+_DEFAULTS = {"truncated": False, "margin": 0.0}
 
 
 def _extra(sequences: Sequence[Tokens]) -> dict[str, torch.Tensor]:

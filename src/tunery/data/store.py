@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,6 +98,16 @@ class TokenStore:
             weights = self.weights[start:stop].astype(np.float32, copy=False)
             result.append(Tokens(self.ids[start:stop], weights, extra))
         return result
+
+    def spans(self, number: int) -> list[tuple[int, int]]:
+        """Where each sequence of an example begins and ends in the arrays of tokens."""
+        at = self._at(number)
+        bounds = self.sequence_offsets[self.example_offsets[at] : self.example_offsets[at + 1] + 1].tolist()
+        return list(itertools.pairwise(bounds))
+
+    def with_extra(self, name: str, array: np.ndarray) -> TokenStore:
+        """The same view with one more Tokens.extra: `array` [N], beside `ids`."""
+        return TokenStore({**self._arrays, f"token.{name}": array}, self.files, self.index)
 
     def origin(self, number: int) -> tuple[str, int]:
         """(file, 1-based row) that an example came from."""

@@ -151,6 +151,11 @@ class ChatTemplate:
         return Encoder(self._codec, self._drafter.ends)
 
     @cached_property
+    def unlimited(self) -> ChatTemplate:
+        """The same without a limit on the length, for those who cut several conversations together (pairs.py)."""
+        return ChatTemplate(self.name, self.source, self.tokenizer, system=self.system)
+
+    @cached_property
     def end_ids(self) -> list[int]:
         """Tokens at which generation stops: the ends of a turn, and the tokenizer's end of sequence."""
         ends = self._drafter.ends if self.source is not None else []
