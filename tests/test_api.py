@@ -25,6 +25,7 @@ def test_train_takes_files_mappings_and_jobs(tmp_path):
         result = tunery.train(source, f"output={tmp_path / str(number)}", "train.log_every=2")
         assert result.step == 2 and result.metrics["train_loss"] > 0
         outputs.append(load_file(result.output / "adapter_model.safetensors"))
+    assert all(outputs[0].keys() == o.keys() and len(o) for o in outputs)
     assert all(outputs[0][k].equal(o[k]) for o in outputs[1:] for k in o)
 
 
@@ -39,7 +40,7 @@ def test_tuner_is_the_yaml_in_python(tmp_path):
     tuner.load_jsonl(tmp_path / "train.jsonl", eval=tmp_path / "eval.jsonl").train(max_steps=2, epochs=2, log_every=1)
     mine = load_file(tmp_path / "tuner" / "adapter_model.safetensors")
     theirs = load_file(tunery.train(job).output / "adapter_model.safetensors")
-    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    assert theirs and all(torch.equal(mine[k], theirs[k]) for k in theirs)
     after = tuner.chat([tunery.types.Message("user", "1: alpha")], system="Repeat.", max_new_tokens=4)
     assert isinstance(before, str) and isinstance(after, str)
     report = tuner.export(tmp_path / "merged")

@@ -122,7 +122,8 @@ def test_nearest():
 
 
 def test_the_folder_is_the_registry():
-    assert {"sft", "pretrain"} <= set(kinds("objectives")) and "lora" in kinds("adapters")
+    assert {"sft", "pretrain"} <= set(kinds("objectives"))
+    assert "lora" in kinds("adapters") and "adamw" in kinds("optimizers")
     for folder, noun in (("objectives", "Objective"), ("adapters", "Adapter"), ("optimizers", "Optimizer")):
         for kind in kinds(folder):
             module = load_kind(folder, kind)

@@ -50,6 +50,13 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_found(page):
+    """What is not found is not tested below."""
+    fences = re.findall(r"^```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert 2 * len(list(blocks(page))) == len(fences) > 0
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_code_runs(page, folder):
     """Blocks with a title are written to that file; Python without one runs, in order, in one namespace."""
     namespace: dict[str, object] = {}
@@ -93,15 +100,17 @@ def test_commands_exist(page):
 
 
 def test_links_between_pages_and_anchors_hold():
-    generated = {"config.md"}
+    generated, checked = {"config.md"}, 0
     for page in PAGES:
         text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
         for target, anchor in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", text):
             path = DOCS / target if target else DOCS / f"{page}.md"
             assert path.exists() or target in generated, f"{page}.md: {target}"
             if anchor:
+                checked += 1
                 heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}, anchor
+    assert checked
 
 
 # ------------------------------------------------------------ data.md

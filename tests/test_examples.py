@@ -81,8 +81,10 @@ def test_readme_python_runs(readme, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: p.stem)
 def test_readme_links_and_make_targets_exist(readme):
     text = readme.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+    links, targets = re.findall(r"\]\(([^)#:]+)\)", text), re.findall(r"^make (\w+)", text, re.MULTILINE)
+    assert links and targets
+    for link in links:
         assert (ROOT / link).exists(), link
-    targets = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
-        assert re.search(rf"^{target}:", targets, re.MULTILINE), target
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from tunery.compat.llamafactory import is_llamafactory
 from tunery.config import kinds, load_kind
 from tunery.config_file import parse_yaml
+from tunery.data.sources import Source
 from tunery.errors import ConfigError
-from tunery.job import Job, load_job
+from tunery.job import Job, TrainConfig, load_job
 
 FULL = """
 model: builtin:tiny
@@ -158,6 +159,7 @@ def models(annotation: Any) -> list[type[BaseModel]]:
 def test_every_knob_is_described():
     """Descriptions become the command line's help, the docs' table and the web form."""
     every = models(Job) + [load_kind(f, k).Config for f in ("objectives", "adapters", "optimizers") for k in kinds(f)]
+    assert {TrainConfig, Source} <= set(every)  # a section, and what stands in a list in one
     for model in every:
         for name, field in model.model_fields.items():
             assert field.description or name == "kind", f"{model.__module__}.{model.__name__}.{name}"

@@ -109,6 +109,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, changes):
     assert losses(cut) == losses(whole.output)
     assert same(cut, Path(whole.output))
     old, new = (torch.load(Path(o) / "checkpoint-6" / "optimizer.pt") for o in (whole.output, cut))
+    assert old["state"]
     for key, state in old["state"].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(new["state"][key][k])) for k, v in state.items())
 

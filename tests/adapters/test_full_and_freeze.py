@@ -28,7 +28,8 @@ def test_last_layers_first_layers_and_names():
     some = trained(freeze.Config(layers=1, modules=["mlp"], extra=["lm_head"]))
     assert some == {n for n in last if ".mlp." in n} | {"lm_head.weight"}
     assert trained(freeze.Config(layers=0, extra=["embed_tokens"])) == {"model.embed_tokens.weight"}
-    assert all(n.startswith("transformer.h.1.") for n in trained(freeze.Config(layers=1), "gpt2"))
+    gpt2 = trained(freeze.Config(layers=1), "gpt2")
+    assert gpt2 and all(n.startswith("transformer.h.1.") for n in gpt2)
 
 
 @pytest.mark.parametrize(

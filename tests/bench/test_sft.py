@@ -124,9 +124,10 @@ def test_a_result_names_no_place_on_this_machine():
 
 
 def test_full_fine_tuning_keeps_float32_weights_in_every_bf16_run():
-    for one in contestants(True):
-        if one.precision == "bf16" and one.runner in ("trl", "trainer"):
-            assert one.settings["dtype"] == "float32", one.name
+    found = [one for one in contestants(True) if one.precision == "bf16" and one.runner in ("trl", "trainer")]
+    assert {one.runner for one in found} == {"trl", "trainer"}
+    for one in found:
+        assert one.settings["dtype"] == "float32", one.name
 
 
 @pytest.mark.parametrize("one", ablation(), ids=lambda one: one.name)

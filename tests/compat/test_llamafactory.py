@@ -477,7 +477,7 @@ def test_written_out_it_reads_back_the_same(tmp_path):
     path.write_text(to_yaml(converted))
     assert read_config(path) == converted.config
     assert load_job(path).model_dump() == load_job(converted.config).model_dump()
-    assert all(f"# {note}\n" in path.read_text() for note in converted.notes)
+    assert converted.notes and all(f"# {note}\n" in path.read_text() for note in converted.notes)
 
 
 def test_overrides_in_either_vocabulary(tmp_path):
@@ -496,4 +496,4 @@ def test_shipped_examples_are_in_their_vocabulary(path):
     assert is_llamafactory(read_config(path))
     built = load_job(load(path).config)
     info = json.loads((ROOT / str(built.data.dataset_dir) / "dataset_info.json").read_text())
-    assert all(source.path in info for source in built.data.train)
+    assert built.data.train and all(source.path in info for source in built.data.train)

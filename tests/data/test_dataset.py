@@ -332,6 +332,7 @@ def test_real_rows_are_what_the_template_makes_of_each_alone(tmp_path):
     info = root / "datasets" / "llamafactory"
     data = go(template, train=["identity", "glaive_toolcall_zh_demo"], dataset_dir=str(info))
     assert data.report.rows == 391 and len(data.train) + sum(data.report.reasons().values()) == 391
+    assert len(data.train) > 300
     read = {
         (file, row): example
         for source in data.located

@@ -64,7 +64,9 @@ def test_an_epoch_is_every_row_once_in_a_seeded_order(tmp_path):
 
 def test_the_origin_is_the_file_and_the_row(tmp_path):
     path = lines(tmp_path / "x.jsonl", alpaca(*range(20)))
-    for sequences, (file, row) in stream(train=path, shuffle_buffer=8).examples(0):
+    examples = list(stream(train=path, shuffle_buffer=8).examples(0))
+    assert len(examples) == 20
+    for sequences, (file, row) in examples:
         assert file == path and text_of(sequences[0]) == f"q{row - 1}|a{row - 1}|"
 
 

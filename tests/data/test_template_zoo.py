@@ -70,7 +70,10 @@ NO_CALLS = {
 
 
 def _sources():
-    return sorted((assets() / "templates" / "llama.cpp").glob("*.jinja"))
+    folder = assets() / "templates" / "llama.cpp"
+    found = sorted(folder.glob("*.jinja"))
+    assert {*NO_TALK, *NO_CALLS} < {path.stem for path in found}, f"not all templates are in {folder}"
+    return found
 
 
 def _check(path, messages, tools, refused):
@@ -114,6 +117,7 @@ def test_published_templates_with_tools():
 def test_renders_what_python_renders():
     oracle = json.loads((assets() / "templates" / "oracle.json").read_text(encoding="utf-8"))
     messages = to_dicts([Message(m["role"], m["content"]) for m in oracle["messages"]])
+    assert len(oracle["cases"]) == 17
     for case in oracle["cases"]:
         renderer = Renderer(case["template_str"], {"bos_token": case["bos_token"], "eos_token": case["eos_token"]})
         assert renderer.render(messages, None, oracle["add_generation_prompt"]) == case["python_jinja2_output"]

@@ -33,10 +33,10 @@ def test_parameters_in_the_dtype_asked_for_rotary_frequencies_in_float32(tmp_pat
     theirs = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
     for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
         assert a.equal(b) and a.dtype == dtype, name
-    assert all(b.dtype == torch.float32 for b in mine.buffers() if b.is_floating_point())
+    assert {b.dtype for b in mine.buffers() if b.is_floating_point()} == {torch.float32}
     random = load_model(ModelConfig(name=str(folder), random_init=True), dtype)
     assert random.dtype == dtype and not random.lm_head.weight.equal(mine.lm_head.weight)
-    assert all(b.dtype == torch.float32 for b in random.buffers() if b.is_floating_point())
+    assert {b.dtype for b in random.buffers() if b.is_floating_point()} == {torch.float32}
 
 
 def test_the_tokenizer_must_be_able_to_end(tmp_path):

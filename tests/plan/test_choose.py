@@ -96,13 +96,15 @@ def test_the_ladder_goes_down_in_memory_and_up_in_time(tmp_path):
     assert times[2] > times[0] > 0.9
     lora = next(c for c in changes if c.settings and "adapter" in c.settings)
     assert lora.fits and lora.what.startswith("adapter=lora")
-    assert all(c.settings is None for c in changes[changes.index(lora) + 1 :])  # what cannot be set yet comes last
 
 
-def test_what_is_not_there_yet_cannot_be_set(tmp_path):
-    changes = ladder(planner(tmp_path, 0.001, checkpointing="none"))
-    later = [c for c in changes if c.settings is None]
-    assert any("QLoRA" in c.what for c in later) and any("FSDP" in c.what for c in later)
+@pytest.mark.parametrize(("adapter", "word"), [("lora", "QLoRA"), ("full", "8-bit")])
+def test_what_is_not_there_yet_cannot_be_set_and_comes_last(tmp_path, adapter, word):
+    changes = ladder(planner(tmp_path, 0.001, adapter=adapter, checkpointing="none"))
+    first = sum(c.settings is not None for c in changes)
+    later = changes[first:]
+    assert first and all(c.settings is None for c in later)
+    assert any(word in c.what for c in later) and any("FSDP" in c.what for c in later)
 
 
 def test_a_small_model_is_seen_to_fit_at_a_glance(tmp_path, monkeypatch):
