@@ -1,6 +1,6 @@
 """OpenAI: {"messages": [{"role", "content", ...}], "tools": [...]}, and its relatives:
 
-    prompt + completion            text or messages each
+    prompt + completion            text or messages each; or a prompt alone, whose answers will be generated
     prompt + chosen + rejected     text or messages each; prompt may be left out where chosen and rejected hold it
     input + preferred_output + non_preferred_output          the preference lines of OpenAI's fine-tuning API
     chosen_messages + rejected_messages                      two whole conversations with the same start
@@ -43,6 +43,7 @@ COLUMNS = {
     "audios": ("audios",),
 }
 
+ANSWERS = ("output", "response", "answer")  # beside a prompt they are alpaca's
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -63,7 +64,7 @@ def detect(row: Mapping[str, Any]) -> bool:
         return True
     if "chosen" in row and "rejected" in row:
         return "prompt" in row or _is_messages(row["chosen"])
-    return "prompt" in row and "completion" in row
+    return "prompt" in row and ("completion" in row or not any(isinstance(row.get(name), str) for name in ANSWERS))
 
 
 def _is_messages(value: Any) -> bool:
