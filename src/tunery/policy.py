@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tunery.errors import ModelError
 from tunery.kernels import linear_cross_entropy
 from tunery.kernels.linear_cross_entropy import chunk_rows
 from tunery.models.attention import library_attention, set_attention
 from tunery.models.boundary import Boundary, Enough, Probed, probe
-from tunery.models.parts import Parts, cap_and_scale, take_apart, unwrap
+from tunery.models.parts import Parts, cap_and_scale, scalar, take_apart, unwrap
 from tunery.types import Batch
 
 # Largest root mean square of a difference in logits, relative to their spread, that rounding may cause. Attention that
@@ -31,7 +32,7 @@ REFERENCE = "reference_logps"
 
 
 class CausalPolicy:
-    """A causal language model (transformers, or PEFT around one).
+    """A causal language model, or one with a scalar head (transformers, or PEFT around one).
 
     `dtype` is that of the arithmetic: where parameters are wider, the forward runs under autocast. `neftune` is the
     noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any).
@@ -106,6 +107,13 @@ class CausalPolicy:
                 return self.logps(batch)
         finally:
             self.model.train(was_training)
+
+    def values(self, batch: Batch, at: Tensor | None = None) -> Tensor:
+        """What a scalar head makes of each position, [T], or of those `at` [N] alone, [N]; float32 or wider, with a
+        gradient."""
+        assert self.parts is not None and self.parts.scalar, "the objective does not say that it needs a scalar head"
+        hidden = self._hidden(batch)
+        return scalar(self.parts.head, hidden if at is None else hidden[at])
 
     def run_frozen(self, batch: Batch) -> None:
         """Run only the layers below the boundary, as in training, to leave their hidden states there."""
@@ -192,12 +200,13 @@ class CausalPolicy:
     # ------------------------------------------------------------------ is each shortcut exact for this model?
 
     def _probe(self) -> None:
-        """Compare a packed stream of two short sequences, and backbone and head apart, with the model's own logits."""
+        """Compare a packed stream of two short sequences, and backbone and head apart, with the model's own logits, or
+        with what enters its scalar head."""
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():
             first, second = self._probe_sequences()
-            own = [self._own_logits(ids) for ids in (first, second)]
+            own = [self._own_output(ids) for ids in (first, second)]
             if all(logits.isfinite().all() for logits in own):
                 self._compare(first, second, own)
             else:
@@ -211,8 +220,10 @@ class CausalPolicy:
             set_attention(self.causal, "sdpa")
             self._alone("it does not keep packed sequences apart")
         if self.parts is not None and not self._parts_equal(first, own[0]):
-            self.parts = None
             name = type(self.causal).__name__
+            if self.parts.scalar:
+                raise ModelError(f"{name} does more than backbone and linear head, so it cannot be a reward model here")
+            self.parts = None
             self.notes.append(
                 f"{name} does more than backbone and head, so its own forward makes all the logits (more memory, "
                 "same result)"
@@ -227,10 +238,23 @@ class CausalPolicy:
         ids = (torch.arange(2 * PROBE_LENGTH + 1, device=self.device) * 7919 + 3) % vocabulary
         return ids[:PROBE_LENGTH], ids[PROBE_LENGTH:]
 
-    def _own_logits(self, ids: Tensor) -> Tensor:
+    def _own_output(self, ids: Tensor) -> Tensor:
         """What the library itself makes of a sequence, our attention hook left out."""
         with self.autocast(), library_attention(self.causal):
-            return self.causal(input_ids=ids[None], use_cache=False).logits[0].double()
+            return self._output(input_ids=ids[None]).double()
+
+    def _output(self, **inputs: Any) -> Tensor:
+        """The logits of the model's own forward, [T, V]; where it has a scalar head, of which it shows the last token's
+        value alone, what enters that, [T, H]."""
+        if self.parts is None or not self.parts.scalar:
+            return self.causal(use_cache=False, **inputs).logits[0]
+        entering: list[Tensor] = []
+        hook = self.parts.head.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+        try:
+            self.causal(use_cache=False, **inputs)
+        finally:
+            hook.remove()
+        return entering[0][0]
 
     def _close(self, a: Tensor, b: Tensor) -> bool:
         if a.shape != b.shape:
@@ -245,10 +269,10 @@ class CausalPolicy:
         longest = max(len(first), len(second))
         try:
             with self.autocast():
-                logits = self.causal(
-                    input_ids=torch.cat([first, second])[None], position_ids=positions[None], use_cache=False,
+                logits = self._output(
+                    input_ids=torch.cat([first, second])[None], position_ids=positions[None],
                     cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=longest, max_length_k=longest,
-                ).logits[0]  # fmt: skip
+                )  # fmt: skip
         except (TypeError, ValueError, RuntimeError):
             return False
         return self._close(logits, torch.cat(own))
@@ -257,6 +281,8 @@ class CausalPolicy:
         assert self.parts is not None
         with self.autocast():
             hidden = self.parts.backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            if self.parts.scalar:
+                return self._close(hidden, own)
             logits = cap_and_scale(self.parts.head(hidden), self.parts.scale, self.parts.softcap)
         return self._close(logits, own)
 

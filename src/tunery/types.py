@@ -124,6 +124,17 @@ class Batch:
     def n_sequences(self) -> int:
         return int(self.labelled_S.shape[0])
 
+    @property
+    def ends_S(self) -> Tensor:
+        """The position of each sequence's last token, [S]."""
+        import torch
+
+        ends = self.cu_seqlens[1:] - 1
+        if self.continues:  # chosen by slices, which ask a device nothing
+            shared = set(self.continues)
+            ends = torch.cat([ends[i : i + 1] for i in range(len(self.lengths)) if i not in shared])
+        return ends.long()
+
     def per_sequence(self, values_T: Tensor) -> Tensor:
         """Sums of a value of each token over the labelled ones of each sequence: [S], with a gradient. A sequence that
         has none gives 0."""
@@ -227,8 +238,9 @@ class Policy(Protocol):
         (`reference = True`)."""
         ...
 
-    def values(self, batch: Batch) -> Tensor:
-        """A number for each position, float32 [T], from a head of its own. For objectives that say so (`head`)."""
+    def values(self, batch: Batch, at: Tensor | None = None) -> Tensor:
+        """A number for each position, float32 [T], or for those `at` [N] alone, [N], from a head of its own. For
+        objectives that say so (`head = "score"`)."""
         ...
 
 

@@ -60,7 +60,8 @@ def resolve_name(name: str) -> str:
     return name
 
 
-def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
+def pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
+    """`cls.from_pretrained`, with ModelError for what can be wrong with the folder or the name."""
     folder = resolve_name(model.name)
     try:
         return cls.from_pretrained(
@@ -77,14 +78,14 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     """The model's configuration, without weights."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, model)
+    return pretrained(AutoConfig, model)
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer. Raises ModelError when there is none or it has no end-of-sequence token."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, model)
+    tokenizer = pretrained(AutoTokenizer, model)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model {model.name!r}: its tokenizer has no end-of-sequence token, so answers could never end"
@@ -109,7 +110,7 @@ def load_model(
                 load_config(model), trust_remote_code=model.trust_remote_code, **options
             )
     else:
-        loaded = _from_pretrained(AutoModelForCausalLM, model, **options)
+        loaded = pretrained(AutoModelForCausalLM, model, **options)
     return loaded.to(device)  # not to(dtype): it would round the rotary frequencies, which are float32 in any model
 
 

@@ -14,13 +14,15 @@ from tunery.errors import ModelError
 
 @dataclass
 class Parts:
-    """`causal` is the transformers model (inside a PEFT wrapper, if any); logits = cap(scale * head(backbone))."""
+    """`causal` is the transformers model (inside a PEFT wrapper, if any); logits = cap(scale * head(backbone)).
+    `scalar`: the head gives one number for a position (models/score.py), and nothing is done to it."""
 
     causal: Any
     backbone: nn.Module
     head: nn.Module
     scale: float
     softcap: float | None
+    scalar: bool = False
 
 
 def unwrap(model: Any) -> Any:
@@ -33,20 +35,36 @@ def take_apart(model: nn.Module) -> Parts | None:
     """The parts, or None where the model does not have them in the usual places. Whether they give the model's own
     logits is not believed but measured (policy.py)."""
     causal = unwrap(model)
-    head = causal.get_output_embeddings()
+    scores = score_head(model)
+    head = causal.get_output_embeddings() if scores is None else scores
     backbone = causal.get_decoder()
     if head is None or backbone is causal or backbone is None:
         return None
+    if scores is not None:
+        return Parts(causal, backbone, scores, 1.0, None, scalar=True)
     config = causal.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     return Parts(causal, backbone, head, scale, getattr(config, "final_logit_softcapping", None))
 
 
+def score_head(model: Any) -> nn.Module | None:
+    """The scalar head of a sequence classifier (or what PEFT has wrapped it in); None of a language model."""
+    causal = unwrap(model)
+    return getattr(causal, "score", None) if type(causal).__name__.endswith("ForSequenceClassification") else None
+
+
 def cap_and_scale(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     """What models do to logits after the head, in float32 or wider."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def scalar(head: nn.Module, h_NH: Tensor) -> Tensor:
+    """What a scalar head makes of hidden states, [N], in float32 or wider: two rewards are compared, and 16 bits would
+    round their difference away."""
+    with torch.autocast(h_NH.device.type, enabled=False):
+        return head(h_NH.to(torch.promote_types(h_NH.dtype, torch.float32)))[:, 0]
 
 
 def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
