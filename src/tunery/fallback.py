@@ -15,7 +15,8 @@ import torch
 
 from tunery.errors import ModelError, OutOfMemoryError
 from tunery.guard import Gate
-from tunery.models.recompute import RUNGS, recompute
+from tunery.models.recompute import recompute
+from tunery.models.rungs import RUNGS
 from tunery.types import Batch
 
 if TYPE_CHECKING:

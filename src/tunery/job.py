@@ -21,6 +21,7 @@ from tunery.data.dataset import DataConfig
 from tunery.errors import ConfigError
 from tunery.kernels import KernelsConfig, one_word
 from tunery.models.load import ModelConfig, ModelField
+from tunery.models.rungs import RUNGS, RungName
 from tunery.schedule import ScheduleConfig
 
 
@@ -29,9 +30,9 @@ def _rung(value: Any) -> Any:
 
 
 Checkpointing = Annotated[
-    Literal["auto", "none", "selective", "full", "offload"],
+    Literal["auto", RungName],
     BeforeValidator(_rung),
-    WithJsonSchema({"enum": ["auto", "none", "selective", "full", "offload", True, False]}),
+    WithJsonSchema({"enum": ["auto", *RUNGS, True, False]}),
 ]
 
 

@@ -16,7 +16,8 @@ from tiny_models import FAMILIES, random_sequences, tiny_model
 from tunery.config import build, load_kind
 from tunery.data.collate import collate
 from tunery.models.parts import layer_list
-from tunery.models.recompute import RUNGS, recompute
+from tunery.models.recompute import recompute
+from tunery.models.rungs import RUNGS
 from tunery.policy import CausalPolicy
 
 FLOAT32 = {"mixtral", "qwen2_moe", "afmoe"}  # the library's grouped matmul knows no float64

@@ -25,8 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tunery.models.parts import layer_list
-
-RUNGS = ("none", "selective", "full", "offload")
+from tunery.models.rungs import RUNGS
 
 # A product is made again where its inner dimension is less than this share of its width: as LoRA's B, it costs little
 # arithmetic for the bytes it fills. No family's own projections are that far from square.

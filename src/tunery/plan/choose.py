@@ -5,8 +5,9 @@ from __future__ import annotations
 from tunery.devices import Device
 from tunery.job import Job
 from tunery.models.load import load_config
+from tunery.models.rungs import RUNGS
 from tunery.plan.closed_form import kept_numbers
-from tunery.plan.planner import ENOUGH, RUNGS, SMALL, Planner, dtype_on
+from tunery.plan.planner import ENOUGH, SMALL, Planner, dtype_on
 from tunery.plan.work import Rows
 
 STEP = 256  # micro-batches are a multiple of so many tokens, unless the longest example wants more

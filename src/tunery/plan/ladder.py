@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tunery.adapters import lora
+from tunery.models.rungs import RUNGS
 from tunery.plan.choose import largest, least, rungs_of
-from tunery.plan.planner import RUNGS, Memory, Planner
+from tunery.plan.planner import Memory, Planner
 
 # Bytes of a parameter in NF4 with double quantisation (arXiv:2305.14314, section 3), and of an 8-bit Adam's states as
 # against two moments in float32 (arXiv:2110.02861).

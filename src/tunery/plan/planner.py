@@ -19,7 +19,6 @@ from tunery.plan.closed_form import closed_form
 from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
 from tunery.plan.work import Rows, Work, work_of
 
-RUNGS = ("none", "selective", "full", "offload")
 # Tokens of a micro-batch from which on a device is busy: more only cost memory.
 ENOUGH = {"cuda": 16384, "cpu": 2048}
 # A rung that recomputes is taken rather than micro-batches smaller than this.
