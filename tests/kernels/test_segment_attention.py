@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tunery.kernels import compiled
 from tunery.kernels.segment_attention import reference, segment_attention
+
+needs_compiler = pytest.mark.skipif(not compiled.ready(), reason="needs Linux and a C++ compiler")
 
 SHAPES = [(8, 2, 16), (4, 4, 8), (6, 1, 32)]
 STREAMS = [[1], [5], [64, 1, 63, 65], [200, 130], [300]]
@@ -35,6 +38,54 @@ def test_value_and_gradient_equal_one_by_one(shape, lengths, window):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
+@pytest.mark.parametrize("lengths", [*STREAMS, [70] * 9], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv", "dim", "width"), [(8, 2, 16, 16), (4, 4, 64, 48), (6, 1, 80, 96), (2, 1, 256, 128)]
+)
+def test_the_compiled_form_equals_float64(heads, kv, dim, width, lengths, window, dtype):
+    """Odd lengths, windows that begin within a tile, sums over the heads of a group in one pass and in several."""
+    query, key, value = tensors(heads, kv, dim, sum(lengths), dtype)
+    value = value.repeat(1, 1, 2)[..., :width].detach().requires_grad_()
+    if dtype == torch.bfloat16 and not compiled.takes_attention(query, key, value):
+        pytest.skip("a processor that does not multiply bfloat16")
+    rough, exact = [], []
+    for inputs, into, function in (
+        ((query, key, value), rough, lambda *a: segment_attention(*a, lengths, 0.1, window, compiled=True)),
+        ((query.double(), key.double(), value.double()), exact, lambda *a: reference(*a, lengths, 0.1, window)),
+    ):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        upstream = torch.linspace(-9, 9, out.numel(), dtype=torch.float64).sin().view_as(out).to(dtype).to(out.dtype)
+        into += [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+    for ours, theirs in zip(rough, exact, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == dtype
+        tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
+        # a window of 1 has no gradient of queries and keys at all: what is left is the rounding of what cancels
+        size = theirs.norm() if window != 1 and lengths != [1] else exact[0].norm()
+        assert float((ours.double() - theirs).norm()) <= tolerance * float(size)
+
+
+@needs_compiler
+def test_what_the_compiled_form_does_not_take_goes_the_other_way():
+    odd = tensors(4, 2, 8, 10, torch.float32)
+    assert torch.equal(segment_attention(*odd, [4, 6], 0.5, compiled=True), segment_attention(*odd, [4, 6], 0.5))
+    exact = tensors(4, 2, 16, 10)
+    assert torch.equal(segment_attention(*exact, [4, 6], 0.5, compiled=True), segment_attention(*exact, [4, 6], 0.5))
+
+
+@needs_compiler
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_what_is_not_a_number_stays_so(where):
+    inputs = [x.detach().clone() for x in tensors(4, 2, 16, 70, torch.float32)]
+    inputs[where][:, 5, 3] = torch.nan
+    out = segment_attention(*inputs, [70], 0.5, compiled=True)
+    assert out[5].isnan().any()
+    assert where == 2 or out[:5].isfinite().all()  # nothing times what is not a number is not nothing
+
+
 def test_values_may_be_narrower_than_keys():
     """DeepSeek's latent attention has 24 numbers a key and 16 a value. Oracle: torch's, as above."""
     query, key, _ = tensors(4, 2, 24, 100)
@@ -51,8 +102,9 @@ def test_result_is_contiguous_and_ready_for_the_output_projection():
     assert out.shape == (10, 4, 8) and out.is_contiguous()
 
 
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=needs_compiler)])
 @pytest.mark.parametrize("spread", [1.0, 4.0])
-def test_bfloat16_is_as_near_to_float64_as_the_library_in_bfloat16(spread):
+def test_bfloat16_is_as_near_to_float64_as_the_library_in_bfloat16(spread, compiles):
     """The eager attention of transformers rounds its scores to 16 bits too; ours may be no worse."""
     exact_inputs = tensors(8, 2, 64, 300)
     lengths, scale = [180, 120], 0.125
@@ -70,7 +122,7 @@ def test_bfloat16_is_as_near_to_float64_as_the_library_in_bfloat16(spread):
             for a, b in zip(got, wanted, strict=True)
         ]
 
-    ours = errors(lambda q, k, v: segment_attention(q, k, v, lengths, scale))
+    ours = errors(lambda q, k, v: segment_attention(q, k, v, lengths, scale, None, compiles))
     eager = errors(lambda q, k, v: _eager(q, k, v, lengths, scale))
     assert all(a <= 1.2 * b for a, b in zip(ours, eager, strict=True)), (ours, eager)
 

@@ -1,8 +1,8 @@
-"""The kernels of elementwise.cpp, built by this machine's C++ compiler: the norm, rotary embedding and gated
-activations in one pass over memory, where torch's operations take three to eight, each waking and waiting for every
-thread.
+"""The kernels of this folder's C++ files, built by this machine's compiler: attention tile by tile (attention.cpp), and
+the norm, rotary embedding and gated activations in one pass over memory (elementwise.cpp), where torch's operations
+take three to a hundred, each waking and waiting for every thread.
 
-Building takes a second or two and happens once a machine (the library is kept in the cache folder, under a name that
+Building takes a few seconds and happens once a machine (the library is kept in the cache folder, under a name that
 says source, flags and processor); loading takes milliseconds. Unlike torch.compile there is nothing to trace or to
 compile again when a length changes."""
 
@@ -28,7 +28,8 @@ from tunery.errors import TuneryError
 from tunery.files import cache_folder
 from tunery.kernels.backends import as_rows
 
-SOURCE = Path(__file__).with_name("elementwise.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("elementwise.cpp", "attention.cpp"))
+HEADER = Path(__file__).with_name("numbers.h")
 # No flag that assumes numbers to be finite: what is not must come out as it went in.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -45,6 +46,8 @@ _ARGUMENTS = {
     "silu_backward": "pppppiiiii",
     "gelu_tanh_forward": "pppiiii",
     "gelu_tanh_backward": "pppppiiiii",
+    "attention_forward": "ppppppiiiiiiiiiiiifi",
+    "attention_backward": "ppppppppppiiiiiiiiiiiiiiifi",
 }
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
@@ -67,16 +70,29 @@ def library() -> ctypes.CDLL:
     program = compiler()
     if not available() or program is None:
         raise TuneryError("compiled kernels need Linux and a C++ compiler (g++ or clang++, or $CXX): none was found")
-    name = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, program, _processor())).encode()).hexdigest()[:16]
+    name = hashlib.sha256(
+        repr(([file.read_bytes() for file in (*SOURCES, HEADER)], FLAGS, program, _processor())).encode()
+    ).hexdigest()[:16]
     folder = cache_folder() / "kernels"
     with suppress(OSError):  # a home that cannot be written, or nothing in it may be run
         folder.mkdir(parents=True, exist_ok=True)
-        return _loaded(program, folder / f"elementwise-{name}.so")
+        return _loaded(program, folder / f"kernels-{name}.so")
     try:
         with tempfile.TemporaryDirectory(prefix="tunery-") as private:  # what is loaded stays when its file goes
-            return _loaded(program, Path(private) / "elementwise.so")
+            return _loaded(program, Path(private) / "kernels.so")
     except OSError as error:
         raise TuneryError(f"the compiled kernels cannot be built or loaded here: {error}") from error
+
+
+@cache
+def ready() -> bool:
+    """Whether the kernels are there to be used: found, or built just now. Where they cannot be, torch's operations do
+    the same."""
+    try:
+        library()
+    except TuneryError:
+        return False
+    return True
 
 
 def _loaded(program: str, path: Path) -> ctypes.CDLL:
@@ -152,6 +168,64 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
     return dgate, dup
 
 
+def takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether attention.cpp has a form for these [heads, T, D]: of one dtype, which this processor multiplies, and of
+    whole vectors."""
+    if not (query.dtype == key.dtype == value.dtype) or not _address("attention_forward", _LETTERS[query.dtype]):
+        return False
+    fits = all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= 256 for x in (query, value))
+    return fits and all(x.stride(-1) == 1 and x.stride(0) % 2 == x.stride(1) % 2 == 0 for x in (query, key, value))
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(softmax(scale * q k^T) v [T, heads, Dv], the logarithms of the softmax's sums [heads, T] float32). `bounds` of
+    the sequences, int64 [R + 1]."""
+    (heads, tokens, dim), (kv, _, width) = query.shape, value.shape
+    out = torch.empty(tokens, heads, width, dtype=query.dtype)
+    lse = torch.empty(heads, tokens)
+    sizes = (len(bounds) - 1, heads, kv, dim, width)
+    _call(
+        "attention_forward", (query,), query, key, value, out, lse, bounds, *sizes, *_strides(query, key, value),
+        window or 0, scale,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, in memory [T, heads, D]. dout and out [T, heads, Dv]."""
+    (heads, tokens, dim), (kv, _, width) = query.shape, value.shape
+    segments = len(bounds) - 1
+    # Sums over the queries of a group are made one after the other where that leaves work for every thread.
+    splits = 1 if segments * kv >= 2 * torch.get_num_threads() else heads // kv
+    dquery = torch.empty(tokens, heads, dim, dtype=query.dtype).transpose(0, 1)
+    dkey, dvalue = (torch.zeros(splits, tokens, kv, n) for n in (dim, width))
+    strides = (*_strides(query, key, value, dquery), splits, window or 0)
+    sizes = (segments, heads, kv, dim, width)
+    _call(
+        "attention_backward", (query,), query, key, value, out, dout.contiguous(), lse, dquery, dkey, dvalue, bounds,
+        *sizes, *strides, scale,
+    )  # fmt: skip
+    dkey, dvalue = (x[0] if splits == 1 else x.sum(0) for x in (dkey, dvalue))
+    return dquery, dkey.to(key.dtype).transpose(0, 1), dvalue.to(value.dtype).transpose(0, 1)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Of heads and of tokens, in [heads, T, D]."""
+    return tuple(x.stride(axis) for x in tensors for axis in (0, 1))
+
+
 def _call(name: str, types: tuple[Tensor, ...], *arguments: Tensor | float | None) -> None:
     """Tensors are passed by address, so they stay alive in the caller's `arguments` until the call is over."""
     plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
@@ -161,7 +235,13 @@ def _call(name: str, types: tuple[Tensor, ...], *arguments: Tensor | float | Non
 @cache
 def _function(name: str, letters: str) -> Callable[..., None]:
     prototype = ctypes.CFUNCTYPE(None, *(_C_TYPES[a] for a in _ARGUMENTS[name]))
-    return prototype(ctypes.c_size_t.in_dll(library(), f"{name}_{letters}").value)
+    return prototype(_address(name, letters))
+
+
+@cache
+def _address(name: str, letters: str) -> int:
+    """0 where this processor has no such form."""
+    return ctypes.c_size_t.in_dll(library(), f"{name}_{letters}").value
 
 
 def _scale(weight: Tensor, offset: float) -> Tensor:
@@ -181,7 +261,7 @@ def _build(program: str, path: Path) -> None:
     """Beside its place, then renamed into it: several processes may build at once."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [program, *FLAGS, str(SOURCE), "-o", str(made)]
+        command = [program, *FLAGS, *map(str, SOURCES), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise TuneryError(f"the kernels could not be compiled: {' '.join(command)}\n{done.stderr.strip()}")

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunery.errors import TuneryError
 from tunery.kernels import KernelsConfig, compiled, rotary
 from tunery.kernels.backends import has_numbers
 from tunery.kernels.lora import Projection, lora_linear
@@ -70,7 +69,7 @@ def fuse(model: nn.Module, kernels: KernelsConfig, dtype: torch.dtype) -> Fused:
             if _plain_update(module) is not None:
                 _replace(module, _lora_forward)
                 fused.add("lora")
-    native = _compiles(next(model.parameters()).device)
+    native = next(model.parameters()).device.type == "cpu" and compiled.ready()
     candidates = {m: plan for m in unwrap(model).modules() if (plan := _plans(m, kernels, native))}
     if not candidates:
         return fused
@@ -99,17 +98,6 @@ def _as_its_class(module: nn.Module, found: Mapping[nn.Module, Choice]) -> Choic
 
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.forward = MethodType(forward, module)  # a bound method, so that a deep copy of the model is one
-
-
-def _compiles(device: torch.device) -> bool:
-    """Whether the norm, rotary embedding and activations run as kernels built by this machine's C++ compiler."""
-    if device.type != "cpu" or not compiled.available():
-        return False
-    try:
-        compiled.library()
-    except TuneryError:  # a compiler that does not compile; torch's operations do the same
-        return False
-    return True
 
 
 Plan = tuple[str, Callable[["Call"], Callable[..., Any]]]
