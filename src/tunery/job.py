@@ -13,6 +13,7 @@ from tunery.config import (
     KindConfig,
     ShortForms,
     Steps,
+    build,
     kind_field,
     validate,
 )
@@ -155,4 +156,9 @@ def load_job(source: str | Path | Mapping[str, Any] | Job, overrides: Sequence[s
         raise ConfigError("\n".join(where + line for line in str(error).splitlines())) from None
 
 
-__all__ = ["EvalConfig", "Job", "KindConfig", "ReportConfig", "TrainConfig", "load_job"]
+def head_of(job: Job) -> str | None:
+    """The head that the job's objective needs instead of the language model's own: "score", or None."""
+    return getattr(build("objectives", job.objective), "head", None)
+
+
+__all__ = ["EvalConfig", "Job", "KindConfig", "ReportConfig", "TrainConfig", "head_of", "load_job"]

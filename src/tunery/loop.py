@@ -28,8 +28,8 @@ from tunery.files import make_readable
 from tunery.flops import cost_of, flops_per_token, peak_flops
 from tunery.frozen import begin_step, drop_frozen_states, keep_frozen_states, mark_frozen_states, skipped_flops
 from tunery.guard import Gate
-from tunery.job import Job
-from tunery.models.load import load_model
+from tunery.job import Job, head_of
+from tunery.models.score import load_with_head
 from tunery.models.target import load_adapter
 from tunery.reference import drop_reference, keep_reference
 from tunery.report import NullReport, Report
@@ -215,7 +215,8 @@ def _compare_saved(run: Run, report: Report | NullReport) -> None:
     streams = probes(run.policy.causal.config.get_text_config().vocab_size)
     trained = probe_logits(run.model, streams)
     base = run.job.model.model_copy(update={"name": base_name(run.job.model)})
-    fresh = load_adapter(load_model(base, run.engine.dtype, run.engine.device), run.output)
+    start = load_with_head(head_of(run.job), base, run.engine.dtype, run.engine.device, seed=run.job.train.seed)
+    fresh = load_adapter(start, run.output)
     check = compare(probe_logits(fresh, streams), trained, run.engine.dtype)
     if not check.passed:
         raise ModelError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from tunery.kernels.linear_cross_entropy import chunk_rows
 from tunery.models.attention import library_attention, set_attention
 from tunery.models.boundary import Boundary, Enough, Probed, probe
 from tunery.models.parts import Parts, cap_and_scale, scalar, take_apart, unwrap
+from tunery.models.sharing import both_ways
 from tunery.types import Batch
 
 # Largest root mean square of a difference in logits, relative to their spread, that rounding may cause. Attention that
@@ -38,7 +40,7 @@ class CausalPolicy:
     noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any).
     `probe` off believes the shortcuts below instead of comparing, for a model that has shapes and no numbers (a plan).
     `reference_head`: the loss from all labelled logits at once. Batches of several sequences are always taken; where
-    `packs` is False they are run one by one. `notes` says which shortcuts the model could not take. `boundary`, once
+    `packs` is False they are run one by one, and batches that share beginnings where `shares` is True. `notes` says which shortcuts the model could not take. `boundary`, once
     given: where training keeps the hidden states that enter the first trained layer. `at_start`, once given: a context
     in which the model has the weights that training began with (reference.py)."""
 
@@ -56,6 +58,7 @@ class CausalPolicy:
         self.causal: Any = unwrap(model)
         self.dtype = dtype
         self.neftune = neftune
+        self.probes = probe
         self.head_loss = linear_cross_entropy.reference if reference_head else linear_cross_entropy.linear_cross_entropy
         self.notes: list[str] = []
         self.boundary: Boundary | None = None
@@ -67,6 +70,14 @@ class CausalPolicy:
             self._alone("its rotary frequencies depend on the longest sequence of a stream")
         if probe:
             self._probe()
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether a stream may have what its sequences begin with alike once (collate's `share`); tried when it is
+        first asked for. Never with NEFTune, whose noise depends on the length of each whole sequence."""
+        if not self.packs or self.neftune is not None:
+            return False
+        return not self.probes or self._shared_equals()
 
     # ------------------------------------------------------------------ forwards
 
@@ -114,6 +125,10 @@ class CausalPolicy:
         assert self.parts is not None and self.parts.scalar, "the objective does not say that it needs a scalar head"
         hidden = self._hidden(batch)
         return scalar(self.parts.head, hidden if at is None else hidden[at])
+
+    def outcome(self, batch: Batch) -> Tensor:
+        """What objectives see of the model, whatever its head: a number for each position, [T]."""
+        return self.values(batch) if self.parts is not None and self.parts.scalar else self.logps(batch)
 
     def run_frozen(self, batch: Batch) -> None:
         """Run only the layers below the boundary, as in training, to leave their hidden states there."""
@@ -175,8 +190,12 @@ class CausalPolicy:
             boundaries: dict[str, Any] = {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
             boundaries |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
             boundaries["segment_lengths"] = batch.lengths  # for our hook: asking a device for them would wait for it
+            if batch.continues:
+                boundaries["segment_continues"] = batch.continues
             yield {key: whole[None], "position_ids": batch.positions_T[None], **boundaries}
             return
+        if batch.continues:
+            raise ValueError("the batch shares beginnings (collate's `share`), which this model cannot (policy.shares)")
         parts = zip(whole.split(batch.lengths), batch.positions_T.split(batch.lengths), strict=True)
         for piece, positions in parts:
             yield {key: piece[None], "position_ids": positions[None]}
@@ -276,6 +295,27 @@ class CausalPolicy:
         except (TypeError, ValueError, RuntimeError):
             return False
         return self._close(logits, torch.cat(own))
+
+    def _shared_equals(self) -> bool:
+        def ours(batch: Batch) -> Tensor:
+            (inputs,) = self._inputs(batch.to(self.device))
+            with self.autocast():
+                return self._output(**inputs)
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return self._close(
+                    *both_ways(
+                        lambda ids: self._own_output(ids.to(self.device)), ours,
+                        self.causal.config.get_text_config().vocab_size,
+                    )
+                )  # fmt: skip
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        finally:
+            self.model.train(was_training)
 
     def _parts_equal(self, ids: Tensor, own: Tensor) -> bool:
         assert self.parts is not None

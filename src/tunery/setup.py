@@ -22,17 +22,17 @@ from tunery.diagnose import DataCounts
 from tunery.engine import Engine, check_dtype
 from tunery.errors import ConfigError, ModelError
 from tunery.fallback import resumed
-from tunery.job import Job, load_job
+from tunery.job import Job, head_of, load_job
 from tunery.models.fuse import fuse
 from tunery.models.load import (
     ModelConfig,
     hook_attention,
     load_config,
-    load_model,
     load_tokenizer,
     resolve_name,
 )
 from tunery.models.recompute import recompute
+from tunery.models.score import agree_on_padding, fitting_config, load_with_head
 from tunery.plan.choose import choose
 from tunery.plan.work import AssumedRows
 from tunery.policy import CausalPolicy
@@ -155,11 +155,12 @@ def load_start(job: Job, adapter: Any, resume: Path | None, engine: Engine) -> t
         source = _from_folder(source, start)
         _same_kind(job.model, source)
     engine.seed(job.train.seed, 0)
-    model = load_model(source, dtype, engine.device, None if job.model.attention == "auto" else job.model.attention)
+    attention = None if job.model.attention == "auto" else job.model.attention
+    model: Any = load_with_head(head_of(job), source, dtype, engine.device, attention, seed=job.train.seed)
     if start_adapter and adapter.whole and resume is None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(start)).merge_and_unload()
+        model = PeftModel.from_pretrained(model, str(start), config=fitting_config(model, start)).merge_and_unload()
     if job.model.attention == "auto":
         hook_attention(model, reference=job.kernels.attention == "reference")
     start_adapter_folder = start if start_adapter and not adapter.whole else None
@@ -225,6 +226,11 @@ def check_job(job: Job) -> None:
         for key, value in (("patience", job.eval.patience), ("generate", job.eval.generate or None)):
             if value is not None:
                 raise ConfigError(f"eval.{key}: {value} needs held-out rows; set data.eval to a file or a fraction")
+    if head_of(job) is not None and job.eval.generate:
+        raise ConfigError(
+            f"eval.generate: {job.eval.generate}, but objective {job.objective.kind} makes a model that scores answers "
+            "and gives none; set it to 0"
+        )
     if model.random_init and not build("adapters", job.adapter).whole:
         raise ConfigError(
             "model.random_init: an adapter of random weights fits no base that anyone has; use adapter: full"
@@ -335,6 +341,8 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     if job.train.checkpointing != "none":
         recompute(model, job.train.checkpointing)
     policy = make_policy(job, model, engine.dtype)
+    if policy.parts is not None and policy.parts.scalar:
+        agree_on_padding(policy.causal, read.tokenizer, read.template)
     assert job.train.micro_tokens is not None
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world)
     loader, total = make_loader(job, read.data, cut)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tunery.config import KindConfig
 from tunery.errors import ConfigError
-from tunery.models.parts import layer_list, load_whole, save_whole, to_master
+from tunery.models.parts import layer_list, load_whole, save_whole, score_head, to_master
 
 
 class Config(KindConfig):
@@ -37,8 +37,8 @@ class Adapter:
         self.config = config
 
     def apply(self, model: Any, start: Path | None = None, resume: Path | None = None) -> Any:
-        """Freeze everything but the chosen layers and modules; returns the model. Raises ConfigError for a module
-        name the model does not have, or when nothing would train."""
+        """Freeze everything but the chosen layers and modules, and a scalar head; returns the model. Raises ConfigError
+        for a module name the model does not have, or when nothing would train."""
         config = self.config
         prefix, layers = layer_list(model)
         if abs(config.layers) > len(layers):
@@ -58,6 +58,9 @@ class Adapter:
         missing = [m for m in [*config.modules, *config.extra] if m not in matched]
         if missing:
             raise ConfigError(f"adapter: the model has no module named {', '.join(missing)} there")
+        head = score_head(model)
+        for parameter in head.parameters() if head is not None else ():
+            to_master(parameter)
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError("adapter: nothing would train; give layers or extra")
         return model

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from tunery.config import KindConfig
 from tunery.errors import ConfigError, ModelError
+from tunery.models.parts import score_head, to_master
+from tunery.models.score import TASK, fitting_config
 
 PISSA_FILE = "pissa.safetensors"
+# What PEFT trains whole in any classifier, asked or not.
+HEADS = {"classifier", "score"}
 
 
 class Config(KindConfig):
@@ -59,22 +63,25 @@ class Adapter:
 
     def apply(self, model: Any, start: Path | None = None, resume: Path | None = None) -> Any:
         """Wrap the model. `start`: go on from this adapter, with its shape; `resume`: a checkpoint of this run."""
-        from peft import LoraConfig, PeftConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model
 
         if start is not None:
-            peft_config = PeftConfig.from_pretrained(str(start))
+            peft_config = fitting_config(model, start)
             if not isinstance(peft_config, LoraConfig):
                 raise ModelError(f"model.init_from: {start} is not a LoRA adapter")
             self._same_shape(peft_config, start)
             peft_config.inference_mode = False
         else:
-            peft_config = self._peft_config()
+            peft_config = self._peft_config(TASK if score_head(model) is not None else "CAUSAL_LM")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fan_in_fan_out of GPT-2's layers, which PEFT sets right by itself
             try:
                 wrapped = get_peft_model(model, peft_config)
             except (ValueError, re.error) as error:
                 raise ConfigError(f"adapter.targets: {error}") from error
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                to_master(parameter)  # PEFT itself leaves modules that are trained whole in 16 bits
         self._all_found(wrapped)
         if self.config.init == "pissa" and start is None:
             self._pissa(wrapped, resume)
@@ -135,7 +142,8 @@ class Adapter:
 
     # ------------------------------------------------------------------ PEFT's config
 
-    def _peft_config(self) -> Any:
+    def _peft_config(self, task: str) -> Any:
+        """For a model with a scalar head PEFT adds that to what is trained whole and saved."""
         from peft import LoraConfig
 
         config = self.config
@@ -147,7 +155,7 @@ class Adapter:
             modules_to_save=config.modules_to_save or None,
             use_rslora=config.rslora,
             use_dora=config.dora,
-            task_type="CAUSAL_LM",
+            task_type=task,
         )
 
     def _same_shape(self, theirs: Any, folder: Path) -> None:
@@ -159,7 +167,7 @@ class Adapter:
         )
         saved = {
             "rank": theirs.r, "alpha": theirs.lora_alpha, "rslora": theirs.use_rslora, "dora": theirs.use_dora,
-            "targets": names, "modules_to_save": sorted(theirs.modules_to_save or []), "init": "default",
+            "targets": names, "modules_to_save": sorted({*(theirs.modules_to_save or [])} - HEADS), "init": "default",
         }  # fmt: skip
         for key, value in saved.items():
             mine = getattr(config, key)

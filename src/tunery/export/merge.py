@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tunery.data.template import load_template
 from tunery.errors import ModelError
 from tunery.export.verify import Check, compare, probe_logits, probes
 from tunery.files import make_readable
 from tunery.host import free_memory
-from tunery.models.load import load_config, load_model, load_tokenizer
-from tunery.models.target import Target, load_adapter, model_config, resolve_target
+from tunery.models.load import load_config, load_tokenizer
+from tunery.models.score import agree_on_padding
+from tunery.models.target import Target, is_reward_model, load_adapter, load_base, model_config, resolve_target
 from tunery.types import Message
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -47,10 +48,10 @@ def export(
     rounded once to `dtype` ("float32", "bfloat16", "float16"; default: the base's own) and cut into safetensors of at
     most `max_shard_size`. A target that is a whole model is rewritten likewise. `template` replaces the chat template.
 
-    Returns {"out", "kind": "merged" | "model" | "adapter", "dtype", "parameters", "bytes", "written": how the folder
-    compares with what was trained, and for a merge also "merge": the same before rounding, "effect": how far the
-    adapter moves the base}, comparisons as in verify.Check (the effect has no tolerance; summary.py puts all into
-    words). Raises ModelError, leaving nothing behind, when `out` is
+    Returns {"out", "kind": "merged" | "model" | "adapter", "scores": whether it is a reward model, "dtype",
+    "parameters", "bytes", "written": how the folder compares with what was trained, and for a merge also "merge": the
+    same before rounding, "effect": how far the adapter moves the base}, comparisons as in verify.Check (the effect has
+    no tolerance; summary.py puts all into words). Raises ModelError, leaving nothing behind, when `out` is
     not empty, the disk is too small, the base is quantised, or the result differs from what was trained."""
     shard = _shard_size(max_shard_size)
     place = _free_place(Path(out).expanduser())
@@ -87,22 +88,24 @@ def _adapter(found: Target, place: Path, tokenizer: Any, streams: list[list[int]
         for file in files:
             shutil.copyfile(file, folder / file.name)
         tokenizer.save_pretrained(folder)
-        model = load_adapter(load_model(found.base, torch.float32), found.adapter)
+        model = load_adapter(load_base(found, torch.float32), found.adapter)
         trained = probe_logits(model, streams)
         count = sum(p.numel() for name, p in model.named_parameters() if ".default" in name)
         again = load_adapter(model.unload(), folder)
         check = compare(probe_logits(again, streams), trained, torch.float32)
         _insist(check, found, "the written adapter")
-    return {"kind": "adapter", "dtype": None, "parameters": count, "written": check.as_dict()}
+    report = {"kind": "adapter", "scores": is_reward_model(found), "dtype": None}
+    return {**report, "parameters": count, "written": check.as_dict()}
 
 
 def _model(
     found: Target, place: Path, tokenizer: Any, chat: Any, stored: torch.dtype, shard: int, streams: list[list[int]]
 ) -> dict[str, Any]:
-    model: Any = load_model(found.base, _stored_dtype(load_config(found.base)))
+    scores = is_reward_model(found)
+    model = load_base(found, _stored_dtype(load_config(found.base)))
     computed = _arithmetic(model)
     model = model.to(computed)
-    report: dict[str, Any] = {"kind": "model", "dtype": str(stored).removeprefix("torch.")}
+    report: dict[str, Any] = {"kind": "model", "scores": scores, "dtype": str(stored).removeprefix("torch.")}
     effect: Check | None = None
     if found.adapter is None:
         trained = probe_logits(model, streams)
@@ -119,15 +122,17 @@ def _model(
         moved = {name: value for name, value in effect.as_dict().items() if name != "tolerance"}
         report |= {"effect": moved, "merge": merged.as_dict()}
     model = model.to(stored)
-    _set_ends(model, chat, tokenizer)
+    if not scores:
+        _set_ends(model, chat, tokenizer)
+    elif chat.source is not None:
+        agree_on_padding(model, tokenizer, chat)
     report["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     with _written(place, report["parameters"] * stored.itemsize) as folder:
         model.save_pretrained(folder, max_shard_size=shard)
         tokenizer.save_pretrained(folder)
         del model
-        again = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=computed, trust_remote_code=found.base.trust_remote_code
-        )
+        kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        again = kind.from_pretrained(folder, dtype=computed, trust_remote_code=found.base.trust_remote_code)
         check = compare(probe_logits(again, streams), trained, stored)
         _insist(check, found, "the written model", effect)
         report["written"] = check.as_dict()
@@ -182,9 +187,8 @@ def _set_ends(model: PreTrainedModel, chat: Any, tokenizer: Any) -> None:
 def _insist(check: Check, found: Target, what: str, effect: Check | None = None) -> None:
     if not check.passed:
         raise ModelError(
-            f"{found.name}: {what} does not compute what was trained: relative difference of the logits "
-            f"{check.error:.2g} (allowed {check.tolerance:.2g}), {check.argmax:.1%} of the likeliest tokens agree. "
-            "Nothing was written"
+            f"{found.name}: {what} does not compute what was trained: relative difference of what the head gives "
+            f"{check.error:.2g} (allowed {check.tolerance:.2g}). Nothing was written"
         )
     if effect is not None and effect.error > effect.tolerance and check.error > 0.5 * effect.error:
         raise ModelError(

@@ -18,24 +18,24 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     stored = f" in {report['dtype']}" if report["dtype"] else ""
     size = f"{report['parameters']:,} parameters{stored}, {_bytes(report['bytes'])}"
     lines = [f"Wrote {what} to {report['out']} ({size}), and read it back."]
-    lines += [f"  logits compared with {source}: {_compared(report['written'])}"]
+    scores = report["scores"]
+    numbers = "values" if scores else "logits"
+    lines += [f"  {numbers} compared with {source}: {_compared(report['written'], scores)}"]
     if "merge" in report:
-        lines += [f"  of which by merging, before rounding: {_compared(report['merge'])}"]
+        lines += [f"  of which by merging, before rounding: {_compared(report['merge'], scores)}"]
     if "effect" in report:
         moved = report["effect"]["error"]
         lines += [
-            f"  the adapter moves its base's logits by {moved:.2g} (relative)"
+            f"  the adapter moves its base's {numbers} by {moved:.2g} (relative)"
             if moved
-            else "  the adapter does not move its base's logits at all: was it trained?"
+            else f"  the adapter does not move its base's {numbers} at all: was it trained?"
         ]
     return lines
 
 
-def _compared(check: Mapping[str, float]) -> str:
-    return (
-        f"relative error {check['error']:.2g} (allowed {check['tolerance']:.2g}), "
-        f"{check['argmax']:.1%} of the likeliest tokens agree"
-    )
+def _compared(check: Mapping[str, float], scores: bool) -> str:
+    error = f"relative error {check['error']:.2g} (allowed {check['tolerance']:.2g})"
+    return error if scores else f"{error}, {check['argmax']:.1%} of the likeliest tokens agree"
 
 
 def _bytes(count: int) -> str:

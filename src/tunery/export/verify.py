@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tunery.generate.hf import generating
+from tunery.models.parts import scalar, take_apart
 
 # Largest relative difference allowed, by the precision of the exported weights. Merging rounds each weight once: 2^-24
 # of its size in float32, 2^-11 in float16, 2^-8 in bfloat16, and a forward in low precision rounds as coarsely again.
@@ -22,7 +23,8 @@ STREAMS, LENGTH, SEED = 4, 48, 20240229
 @dataclass(frozen=True, slots=True)
 class Check:
     """`error`: root mean square of the difference over that of the logits around their mean, over all positions;
-    `largest`: the largest absolute difference; `argmax`: share of positions whose likeliest token agrees."""
+    `largest`: the largest absolute difference; `argmax`: share of positions whose likeliest token agrees (of a reward
+    model, of streams whose best position does)."""
 
     error: float
     largest: float
@@ -46,9 +48,14 @@ def probes(vocabulary: int, extra: Sequence[Sequence[int]] = ()) -> list[list[in
 
 @torch.no_grad()
 def probe_logits(model: Any, streams: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits of each stream, float32 [T, V] on the CPU."""
+    """Logits of each stream, float32 [T, V] on the CPU; of a model with a scalar head its values, [1, T]."""
     device = next(model.parameters()).device
+    parts = take_apart(model)
     with generating(model):
+        if parts is not None and parts.scalar:
+            rows = [torch.tensor([list(ids)], device=device) for ids in streams]
+            hidden = [parts.backbone(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows]
+            return [scalar(parts.head, h_TH)[None].float().cpu() for h_TH in hidden]
         return [model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float().cpu() for ids in streams]
 
 

@@ -242,7 +242,7 @@ def probe(policy: Any, close: Callable[[Tensor, Tensor], bool]) -> Probed:
     policy.model.train()
     try:
         with torch.random.fork_rng():
-            own = [_seeded(policy.logps, batch) for batch in (both, second)]
+            own = [_seeded(policy.outcome, batch) for batch in (both, second)]
             policy.boundary = trial
             states = [_seeded(partial(_states, policy, trial), both, seed) for seed in (1, 2)]
             if trial.trained_below:
@@ -251,7 +251,7 @@ def probe(policy: Any, close: Callable[[Tensor, Tensor], bool]) -> Probed:
                 return Probed("there is dropout or noise in the frozen layers")
             policy.run_frozen(other)  # so that whatever layers remember of the last stream is of another
             trial.reading = True
-            mine = [_seeded(policy.logps, batch) for batch in (both, second)]
+            mine = [_seeded(policy.outcome, batch) for batch in (both, second)]
     except _WRONG:
         mine = []
     finally:

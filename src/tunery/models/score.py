@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunery.errors import ModelError
 from tunery.models.load import ModelConfig, load_config, load_model, pretrained
+from tunery.models.parts import score_head
 from tunery.types import Message
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 HEAD = "score"  # as transformers names it in its causal families, and objectives ask for it (`head = "score"`)
 LABEL = "reward"
+TASK = "SEQ_CLS"  # what PEFT calls such a model
 
 
 def has_scores(config: PretrainedConfig) -> bool:
@@ -133,6 +136,19 @@ def _draw(head: torch.nn.Linear, seed: int, spread: float) -> None:
         head.weight.copy_(torch.randn(head.weight.shape, generator=numbers) * spread)
         if head.bias is not None:
             head.bias.zero_()
+
+
+def fitting_config(model: Any, folder: Path) -> Any:
+    """PEFT's configuration of the adapter in `folder`, to be put on `model`: one of a language model fits a scalar
+    head's backbone as well, and leaves the head to be trained. Raises ModelError for the other way round."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if score_head(model) is not None:
+        config.task_type = TASK
+    elif config.task_type == TASK:
+        raise ModelError(f"{folder}: is the adapter of a reward model, and this run trains a language model")
+    return config
 
 
 # ---------------------------------------------------------------- where a sequence ends, for transformers

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunery.config import validate
 from tunery.config_file import read_config
 from tunery.errors import ModelError, TemplateError
-from tunery.models.load import ModelConfig, load_model, load_tokenizer, resolve_name
+from tunery.models.load import ModelConfig, load_config, load_tokenizer, resolve_name
+from tunery.models.score import HEAD, TASK, has_scores, load_with_head
 
 if TYPE_CHECKING:
     import torch
@@ -178,14 +179,21 @@ def load_target(
     device: str = "auto",
     template: str | None = None,
     talks: bool = False,
+    scores: bool = False,
 ) -> Loaded:
-    """The target in memory, ready to generate. `dtype` "auto" is bfloat16 on a GPU that has it, else float32;
-    `device` "auto" is the GPU where there is one. `template` replaces the one trained with. Raises ModelError, also
-    where an adapter does not fit its base; TemplateError, before the model loads, where it `talks` (is asked in
-    messages) and has no chat template."""
+    """The target in memory, ready to generate; or to score, where a reward model is wanted (`scores`). `dtype` "auto"
+    is bfloat16 on a GPU that has it, else float32; `device` "auto" is the GPU where there is one. `template` replaces
+    the one trained with. Raises ModelError, also where an adapter does not fit its base, or where the target is a
+    reward model and none is wanted, or none and one is; TemplateError, before the model loads, where it `talks` (is
+    asked in messages) and has no chat template."""
     from tunery.data.template import load_template, named_templates
 
     found = target if isinstance(target, Target) else resolve_target(target)
+    if scores != is_reward_model(found):
+        what = "language model, which scores nothing; name a reward model (objective: reward makes one)"
+        if not scores:
+            what = "reward model, which scores answers and gives none (tunery generate --score)"
+        raise ModelError(f"{found.name}: is a {what}")
     where = pick_device(device)
     tokenizer = load_tokenizer(model_config(found.tokenizer, trust_remote_code=found.base.trust_remote_code))
     chat = load_template(template or found.template, tokenizer, system=found.system)
@@ -194,10 +202,24 @@ def load_target(
             f"{found.name}: has no chat template. Choose one with --template NAME: a .jinja file, or one of "
             f"{', '.join(named_templates())} (the one the model was tuned with; for a base model, any)"
         )
-    model = load_model(found.base, pick_dtype(dtype, where), where)
+    model = load_base(found, pick_dtype(dtype, where), where)
     if found.adapter is not None:
         model = load_adapter(model, found.adapter)
     return Loaded(model.eval(), tokenizer, chat, found)
+
+
+def is_reward_model(found: Target) -> bool:
+    """Whether a target scores answers (models/score.py), rather than giving them."""
+    if found.adapter is None:
+        return has_scores(load_config(found.base))
+    return json.loads((found.adapter / ADAPTER).read_text(encoding="utf-8")).get("task_type") == TASK
+
+
+def load_base(found: Target, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The model of a target, without its adapter; under that of a reward model with a head that the adapter has the
+    weights of."""
+    head, seed = HEAD if is_reward_model(found) else None, None if found.adapter is None else 0
+    return load_with_head(head, found.base, dtype, device, seed=seed)
 
 
 def pick_device(device: str = "auto") -> str:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tunery.config import build
-from tunery.job import Job
+from tunery.job import Job, head_of
 from tunery.kernels import linear_cross_entropy
 from tunery.memory import Ledger, Operation, Profile
 from tunery.models.fuse import fuse
 from tunery.models.load import hook_attention, load_config
 from tunery.models.parts import layer_list, unwrap
 from tunery.models.recompute import recompute
+from tunery.models.score import scorer_from_config
 from tunery.plan.attention import standing_in
 from tunery.policy import CausalPolicy
 from tunery.types import Batch
@@ -224,9 +225,12 @@ def _base(job: Job, dtype: torch.dtype) -> Any:
     _plain_rotary(config.get_text_config())
     implementation = job.model.attention
     options = {} if implementation == "auto" else {"attn_implementation": implementation}
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, trust_remote_code=job.model.trust_remote_code, **options
-    )
+    if head_of(job) is not None:
+        model = scorer_from_config(job.model, config, dtype=dtype, **options)
+    else:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=job.model.trust_remote_code, **options
+        )
     if implementation == "auto":
         hook_attention(model, reference=job.kernels.attention == "reference")
     return model
