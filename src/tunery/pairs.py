@@ -154,6 +154,24 @@ def sequence_logps(batch: Batch, logps_T: Tensor) -> Tensor:
     return batch.per_sequence(logps_T * batch.weights_T)
 
 
+def answer_lengths(batch: Batch) -> Tensor:
+    """Trained tokens of each sequence, [S], to divide by."""
+    return batch.labelled_S.clamp(min=1).to(torch.float32)
+
+
+def without_length(batch: Batch, alpha: float) -> Tensor:
+    """What each token's log p is multiplied by in LD-DPO (Liu et al., arXiv:2409.06411), [T]: 1 up to the length
+    of the shorter answer of its pair, `alpha` beyond."""
+    lengths_S = batch.labelled_S
+    shared_S = lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
+    count = len(batch.labelled_N)
+    first_S = lengths_S.cumsum(0) - lengths_S
+    first_N, shared_N = (of.repeat_interleave(lengths_S, output_size=count) for of in (first_S, shared_S))
+    place_N = torch.arange(count, device=lengths_S.device) - first_N
+    factor_N = torch.where(place_N < shared_N, 1.0, alpha).to(batch.weights_T.dtype)
+    return torch.ones_like(batch.weights_T).index_put((batch.labelled_N,), factor_N)
+
+
 def pair_metrics(
     chosen_rewards_P: Tensor, rejected_rewards_P: Tensor, chosen_logps_P: Tensor, rejected_logps_P: Tensor
 ) -> Metrics:

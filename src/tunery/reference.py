@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,12 @@ def _keep_logps(run: Run, console: Any) -> None:
             f"the reference's log-probs of {human(tokens)} tokens were computed once, in "
             f"{clock_text(time.perf_counter() - began)}, and are read from {', '.join(FILES[name] for name in stores)}"
         )
-    for name, store in stores.items():
-        setattr(run.data, name, store.with_extra(REFERENCE, kept[name]))
-    run.loader.store = run.data.train
+    extended = {
+        name: store.with_extra(REFERENCE, array) for name, store in stores.items() if (array := kept[name]) is not None
+    }
+    assert isinstance(run.loader, Loader) and extended.keys() == stores.keys()
+    run.data = replace(run.data, **extended)
+    run.loader.store = extended["train"]
 
 
 def _opened(run: Run, name: str, store: TokenStore) -> np.ndarray | None:
