@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunery.errors import ModelError
-from tunery.kernels import linear_cross_entropy
+from tunery.kernels import compiled, linear_cross_entropy
 from tunery.kernels.linear_cross_entropy import chunk_rows
 from tunery.models.attention import library_attention, set_attention
 from tunery.models.boundary import Boundary, Enough, Probed, probe
@@ -59,11 +60,13 @@ class CausalPolicy:
         self.dtype = dtype
         self.neftune = neftune
         self.probes = probe
-        self.head_loss = linear_cross_entropy.reference if reference_head else linear_cross_entropy.linear_cross_entropy
         self.notes: list[str] = []
         self.boundary: Boundary | None = None
         self.at_start: Callable[[], AbstractContextManager[None]] | None = None
         self.device = next(model.parameters()).device
+        native = self.device.type == "cpu" and compiled.ready()
+        fast = partial(linear_cross_entropy.linear_cross_entropy, compiled=native)
+        self.head_loss = linear_cross_entropy.reference if reference_head else fast
         self.parts: Parts | None = take_apart(model)
         self.packs = not _rotary_of_the_whole(self.causal.config, max_length)
         if not self.packs:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tunery.kernels import compiled
 from tunery.kernels import linear_cross_entropy as kernel
 from tunery.kernels.linear_cross_entropy import linear_cross_entropy, reference
+
+needs_compiler = pytest.mark.skipif(not compiled.ready(), reason="needs Linux and a C++ compiler")
 
 
 def inputs(n: int = 37, v: int = 53, h: int = 16, dtype: torch.dtype = torch.float64, bias: bool = False) -> list:
@@ -29,6 +32,35 @@ def test_value_and_gradients_equal_the_reference(monkeypatch, bias, scale, softc
         results.append((loss, h.grad, w.grad, b.grad if bias else torch.zeros(1)))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("vocabulary", [7, 53, 160])
+def test_the_compiled_softmax_is_as_near_to_float64_as_torchs(monkeypatch, vocabulary, scale, dtype):
+    monkeypatch.setattr(kernel, "CHUNK_LOGITS", {"cpu": vocabulary * 5})
+    results = []
+    for number, choice in ((torch.float64, {}), (dtype, {}), (dtype, {"compiled": True})):
+        h, w, y, weights, _ = inputs(v=vocabulary)
+        leaves = [x.detach().to(dtype).to(number).requires_grad_() for x in (h, w)]
+        loss = linear_cross_entropy(*leaves, y, weights, None, scale, **choice)
+        (loss * 0.7).backward()
+        results.append([x.double() for x in (loss.detach(), *(x.grad for x in leaves))])
+    for exact, torchs, ours in zip(*results, strict=True):
+        assert (ours - exact).norm() <= 1.2 * (torchs - exact).norm() + 2e-6 * exact.norm()
+
+
+@needs_compiler
+def test_the_compiled_softmax_of_large_logits_and_of_what_is_not_a_number():
+    """Logits of 0 and 200: nothing overflows. A row with a NaN has a NaN for its loss, and no other row has."""
+    weight = torch.eye(2).repeat(9, 1) * 200
+    h = torch.tensor([[1.0, 0.0], [0.0, 1.0], [torch.nan, 0.0]], requires_grad=True)
+    y, one = torch.tensor([0, 0, 0]), torch.ones(3)
+    losses = [linear_cross_entropy(h[i : i + 1], weight, y[:1], one[:1], compiled=True) for i in range(3)]
+    torch.testing.assert_close(losses[0].detach(), torch.tensor(9.0).log())
+    torch.testing.assert_close(losses[1].detach(), 200 + torch.tensor(9.0).log())
+    assert losses[2].isnan()
 
 
 def test_by_hand():

@@ -21,38 +21,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, TILE = 64;
-typedef float Vector __attribute__((vector_size(64)));
-typedef std::int32_t Integers __attribute__((vector_size(64)));
-
-inline Vector load(const float* from) {
-    Vector v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
-
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-
-// numbers.h's exponential, sixteen at a time.
-inline Vector exponentials(Vector x) {
-    const Vector lowest = Vector{} - 87.0f, highest = Vector{} + 88.0f, magic = Vector{} + 12582912.0f;
-    x = x < lowest ? lowest : x;
-    x = x > highest ? highest : x;
-    const Vector n = (x * 1.44269504f + magic) - magic;  // rounded to a whole number
-    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector y = Vector{} + 1.0f / 5040;
-    y = y * r + 1.0f / 720;
-    y = y * r + 1.0f / 120;
-    y = y * r + 1.0f / 24;
-    y = y * r + 1.0f / 6;
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
-    y = y * r + 1.0f;
-    const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
-    return y * (Vector)power;
-}
+constexpr int64_t TILE = 64;
 
 // How a stored type is multiplied: `Unit` is PAIR adjacent numbers along the sum of a product.
 template <class X> struct Product;

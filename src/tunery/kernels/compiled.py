@@ -1,6 +1,6 @@
 """The kernels of this folder's C++ files, built by this machine's compiler: attention tile by tile (attention.cpp), and
-the norm, rotary embedding and gated activations in one pass over memory (elementwise.cpp), where torch's operations
-take three to a hundred, each waking and waiting for every thread.
+the head's softmax (head.cpp), the norm, rotary embedding and gated activations (elementwise.cpp) in one pass over
+memory, where torch's operations take three to a hundred, each waking and waiting for every thread.
 
 Building takes a few seconds and happens once a machine (the library is kept in the cache folder, under a name that
 says source, flags and processor); loading takes milliseconds. Unlike torch.compile there is nothing to trace or to
@@ -28,7 +28,7 @@ from tunery.errors import TuneryError
 from tunery.files import cache_folder
 from tunery.kernels.backends import as_rows
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("elementwise.cpp", "attention.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "elementwise.cpp", "head.cpp"))
 HEADER = Path(__file__).with_name("numbers.h")
 # No flag that assumes numbers to be finite: what is not must come out as it went in.
 FLAGS = (
@@ -46,6 +46,7 @@ _ARGUMENTS = {
     "silu_backward": "pppppiiiii",
     "gelu_tanh_forward": "pppiiii",
     "gelu_tanh_backward": "pppppiiiii",
+    "cross_entropy": "ppppiifii",
     "attention_forward": "ppppppiiiiiiiiiiiifi",
     "attention_backward": "ppppppppppiiiiiiiiiiiiiiifi",
 }
@@ -166,6 +167,15 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
     d, g, u = as_rows(dy), as_rows(gate), as_rows(up)
     _call(f"{activation}_backward", (gate,), d, g, u, dgate, dup, *g.shape, d.stride(0), g.stride(0), u.stride(0))
     return dgate, dup
+
+
+def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor, scale: float, slope: bool) -> Tensor:
+    """weights * -log softmax(scale * z)[targets] of each row of z [N, V], float32 [N]. Where `slope`, z becomes the
+    gradient of their sum; it must be contiguous."""
+    losses = torch.empty(z.shape[0])
+    targets, weights = targets.contiguous(), weights.float().contiguous()
+    _call("cross_entropy", (z,), z, targets, weights, losses, *z.shape, scale, slope)
+    return losses
 
 
 def takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:

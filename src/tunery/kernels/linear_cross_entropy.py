@@ -7,10 +7,13 @@ Apple's Cut Cross-Entropy, arXiv:2411.09009, and Liger Kernel, arXiv:2410.10989)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tunery.kernels.backends import runs_compiled
 
 # Logits alive at a time: 16 MB in float32 on a CPU, about its cache; 256 MB on a GPU, which wants large products.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -24,15 +27,17 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """sum_n weights[n] * -log softmax(cap(scale * (h[n] W^T + b)))[targets[n]], a float32 (or float64) scalar.
 
     cap(z) = softcap * tanh(z / softcap) when given (Gemma 2, arXiv:2408.00118, section 2). Matmuls run in h's dtype,
-    the softmax in float32 or wider. Zero rows give a zero that still carries (zero) gradients."""
+    the softmax in float32 or wider. Zero rows give a zero that still carries (zero) gradients. `compiled` asks for
+    compiled.py's softmax on a CPU (in bfloat16 and float32; without a bias or a cap)."""
     if not torch.is_grad_enabled():  # or the gradients would be made all the same
         h_NH, weight_VH = h_NH.detach(), weight_VH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    return _LinearCrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, weights_N, scale, softcap)
+    return _LinearCrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, weights_N, scale, softcap, compiled)
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -69,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights_N: Tensor,
         scale: float,
         softcap: float | None,
+        compiled: bool,
     ) -> Tensor:
         wide = torch.promote_types(h_NH.dtype, torch.float32)
         train_h, train_w, train_b = ctx.needs_input_grad[:3]
@@ -80,11 +86,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if train_w else None
         )
         db_V = torch.zeros(w.shape[0], dtype=wide, device=h_NH.device) if train_b else None
+        softmax = _softmax(compiled and bias_V is None and softcap is None, h_NH)
         with torch.autocast(h_NH.device.type, enabled=False):
             for start in range(0, h_NH.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 h, y, weights = h_NH[rows], targets_N[rows, None], weights_N[rows].to(wide)
-                z = (h @ w.T).to(wide)
+                z = h @ w.T
+                if softmax is not None:
+                    total += softmax(z, targets_N[rows], weights, scale, train_h or train_w).sum()
+                    if dh_NH is not None:
+                        torch.mm(z, w, out=dh_NH[rows])
+                    if dw_VH is not None:
+                        dw_VH += z.T @ h
+                    continue
+                z = z.to(wide)
                 if bias_V is not None:
                     z += bias_V
                 if scale != 1.0:
@@ -117,4 +132,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) * grad_outputs[0] if there else None for there in ctx.present]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
+
+
+def _softmax(wanted: bool, h: Tensor) -> Callable[..., Tensor] | None:
+    """The compiled form for h's device and dtype, or None."""
+    if not (wanted and runs_compiled(h)):
+        return None
+    from tunery.kernels import compiled
+
+    return compiled.cross_entropy
