@@ -65,7 +65,8 @@ def test_the_fused_back_end_is_called_causally_with_its_window(monkeypatch):
 
     seen = []
 
-    def back_end(q, k, v, cu, longest, scale, window):
+    def back_end(q, k, v, cu_q, cu_k, longest, longest_keys, scale, window):
+        assert cu_q is cu_k and longest == longest_keys
         seen.append((longest, window, q.dtype))
         return q
 

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunery.data.share import shared_length
 from tunery.types import Batch, Tokens
-
-# Shared tokens from which computing them once is worth a piece of its own.
-WORTH_SHARING = 8
 
 
 def collate(sequences: Sequence[Tokens], rows: Sequence[int] = (), share: bool = False) -> Batch:
@@ -82,21 +80,6 @@ def _pieces(sequences: Sequence[Tokens], rows: Sequence[int]) -> list[Piece]:
             pieces.append(Piece(members[0], 0, shared))
         pieces += [Piece(number, shared, len(sequences[number]), before) for number in members]
     return pieces
-
-
-def shared_length(sequences: Sequence[Tokens]) -> int:
-    """Tokens that several sequences of an example have in common and can share; 0 where it is not worth it. The token
-    that predicts the first trained one is not shared: each sequence has its own target there."""
-    if len(sequences) < 2:
-        return 0
-    shortest = min(map(len, sequences))
-    first = sequences[0].ids[:shortest]
-    same = np.logical_and.reduce([tokens.ids[:shortest] == first for tokens in sequences[1:]])
-    trained = np.logical_or.reduce([tokens.weights[:shortest] != 0 for tokens in sequences])
-    trained[0] = False  # nothing predicts the first token
-    differs = np.flatnonzero(~same | trained)
-    shared = (int(differs[0]) if len(differs) else shortest) - 1
-    return shared if shared >= WORTH_SHARING else 0
 
 
 def _cut(extra: dict[str, torch.Tensor], sequences: Sequence[Tokens], pieces: Sequence[Piece]) -> dict[str, Any]:

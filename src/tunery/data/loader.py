@@ -11,6 +11,7 @@ import numpy as np
 from tunery.data.collate import collate
 from tunery.data.order import Order
 from tunery.data.pack import best_fit_decreasing, partition
+from tunery.data.share import shared_length
 from tunery.types import Batch, Tokens
 
 
@@ -19,6 +20,9 @@ class Store(Protocol):
 
     @property
     def lengths(self) -> np.ndarray: ...
+
+    @property
+    def lengths_when_shared(self) -> np.ndarray: ...
 
     def __len__(self) -> int: ...
     def sequences(self, number: int, /) -> list[Tokens]: ...
@@ -35,12 +39,14 @@ class Stream(Protocol):
 @dataclass(frozen=True)
 class Cut:
     """How a step is cut. None of it changes the result: `budget` tokens a stream, `packing` several examples in one,
-    this `rank` of `world`."""
+    this `rank` of `world`; `share`: what the sequences of an example begin with alike is there once (data/collate.py),
+    and counts once."""
 
     budget: int
     packing: bool = True
     rank: int = 0
     world: int = 1
+    share: bool = False
 
 
 # Steps that are looked at for the largest stream, evenly spaced, where a run has more.
@@ -65,7 +71,7 @@ class Step:
     @property
     def longest(self) -> int:
         """Tokens of the longest example, which no cut takes apart."""
-        return max(sum(len(tokens) for tokens in sequences) for sequences in self.examples)
+        return max(_length(sequences, self.how) for sequences in self.examples)
 
     @property
     def largest(self) -> int:
@@ -93,13 +99,20 @@ def streams(lengths: Sequence[int], how: Cut) -> list[list[int]]:
 
 def cut(examples: Sequence[list[Tokens]], rows: Sequence[int], how: Cut) -> list[Batch]:
     """This rank's share of `examples` as streams."""
-    found = streams([sum(len(t) for t in sequences) for sequences in examples], how)
-    return [_one_stream([examples[i] for i in members], [rows[i] for i in members]) for members in found]
+    found = streams([_length(sequences, how) for sequences in examples], how)
+    return [_one_stream([examples[i] for i in members], [rows[i] for i in members], how) for members in found]
 
 
-def _one_stream(examples: Sequence[list[Tokens]], rows: Sequence[int]) -> Batch:
+def _length(sequences: Sequence[Tokens], how: Cut) -> int:
+    """Tokens that an example takes in a stream."""
+    twice = (len(sequences) - 1) * shared_length(sequences) if how.share else 0
+    return sum(map(len, sequences)) - twice
+
+
+def _one_stream(examples: Sequence[list[Tokens]], rows: Sequence[int], how: Cut) -> Batch:
     counted = zip(examples, rows, strict=True)
-    return collate([t for sequences in examples for t in sequences], [row for e, row in counted for _ in e])
+    sequences = [tokens for example in examples for tokens in example]
+    return collate(sequences, [row for e, row in counted for _ in e], share=how.share)
 
 
 class Loader:
@@ -108,8 +121,17 @@ class Loader:
     def __init__(self, store: Store, *, batch_size: int, seed: int, shuffle: bool, how: Cut):
         self.store, self.how = store, how
         self.order = Order(len(store), batch_size=batch_size, seed=seed, shuffle=shuffle)
-        self.longest: int = int(store.lengths.max())  # example, in tokens
         self.steps_per_epoch = self.order.steps_per_epoch
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that each example takes in a stream."""
+        return self.store.lengths_when_shared if self.how.share else self.store.lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return int(self.lengths.max())
 
     def rows(self, step: int) -> list[int]:
         """Indices of the examples of a step (0-based)."""
@@ -124,20 +146,20 @@ class Loader:
         lengths alone; and whether a step has several streams. Of a long run, evenly spaced steps are looked at and the
         one in which the longest example comes first."""
         steps = list(range(start, total, max(1, (total - start) // LOOKED_AT)))
-        first = self.order.step_of(int(self.store.lengths.argmax()), start // self.steps_per_epoch)
+        first = self.order.step_of(int(self.lengths.argmax()), start // self.steps_per_epoch)
         if start <= first < total:
             steps.append(first)
         largest, size, several = list[int](), 0, False
         for step in steps:
             rows = self.rows(step)
-            lengths = [int(self.store.lengths[row]) for row in rows]
+            lengths = [int(self.lengths[row]) for row in rows]
             found = [[rows[i] for i in members] for members in streams(lengths, self.how)]
             several = several or len(found) > 1
             for members in found:
-                tokens = int(self.store.lengths[members].sum())
+                tokens = int(self.lengths[members].sum())
                 if tokens > size:
                     largest, size = members, tokens
-        stream = _one_stream([self.store.sequences(row) for row in largest], largest) if largest else None
+        stream = _one_stream([self.store.sequences(row) for row in largest], largest, self.how) if largest else None
         return stream, several
 
     def epoch_at(self, step: int) -> float:

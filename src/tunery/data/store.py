@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tunery.data.share import shared_lengths
 from tunery.errors import DataError
 from tunery.types import Tokens
 
@@ -67,6 +68,13 @@ class TokenStore:
     def labelled(self) -> np.ndarray:
         """Trained targets of each example (see Tokens.labelled): int64 [len(self)]."""
         return self._of_examples(self.sequence_labelled)
+
+    @cached_property
+    def lengths_when_shared(self) -> np.ndarray:
+        """`lengths`, the beginnings that an example's sequences share (data/share.py) counted once: int64 [len(self)]."""
+        shared = shared_lengths(self.ids, self.weights, self.sequence_offsets, self.example_offsets)
+        saved = shared * (np.diff(self.example_offsets) - 1)
+        return self.lengths - (saved if self.index is None else saved[self.index])
 
     @cached_property
     def truncated(self) -> np.ndarray:
