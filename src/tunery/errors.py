@@ -32,6 +32,10 @@ class NonFiniteError(TuneryError):
     """A loss or gradient was not finite; nothing was updated."""
 
 
+class RewardError(TuneryError):
+    """A reward failed on an answer, or gave it no usable number: names the reward and the row."""
+
+
 class OutOfMemoryError(TuneryError):
     """Memory ran out, and what could be done about it without changing the result has been done."""
 

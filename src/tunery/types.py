@@ -192,7 +192,7 @@ class Answer:
     text: str
     ids: Sequence[int]
     finish: str
-    ground_truth: str | None = None
+    ground_truth: Any = None
     columns: dict[str, Any] = field(default_factory=dict)
     where: str = ""
 

@@ -38,7 +38,7 @@ class Inputs:
 
 @dataclass
 class Built:
-    """`eval_examples` are the conversations of `eval`, in its order; `train_examples` those of `train`, for an objective
+    """`eval_examples` are the conversations of `eval`, in its order; `train_examples` those of `train` for an objective
     that generates (else none)."""
 
     train: TokenStore
