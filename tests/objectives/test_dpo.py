@@ -142,7 +142,8 @@ def trl_loss(batch, policy: Given, config: Config) -> torch.Tensor:
         args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=config.discopop_tau),
         ld_alpha=config.ld_alpha, f_divergence_type="reverse_kl", loss_types=config.loss,
         loss_weights=config.loss_weights or [1.0] * len(config.loss), beta=config.beta, use_weighting=False,
-        label_smoothing=config.label_smoothing, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+        label_smoothing=config.label_smoothing, _metrics={"train": defaultdict(list)}, _total_train_tokens=0,
+        _tp_size=1,
     )  # fmt: skip
     completion = torch.cat([torch.zeros(len(mask), 1), mask], 1).long()
     inputs = {"input_ids": completion, "completion_mask": completion, "attention_mask": torch.ones_like(completion)}
