@@ -258,7 +258,8 @@ def chat(
 def generate(
     target: Target,
     data: Annotated[str, typer.Argument(help="rows to answer: a file, folder, hub name", show_default=False)],
-    out: Annotated[Path, typer.Option(help="predictions, one {prompt, predict, label} a line")],
+    out: Annotated[Path, typer.Option(help="predictions, one {prompt, predict, label} a line; or scores")],
+    score: Annotated[bool, typer.Option("--score", help="score the rows' answers with a reward model instead")] = False,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -273,17 +274,25 @@ def generate(
     device: Device = "auto",
     resume: Annotated[bool, typer.Option(help="go on where an interrupted run stopped")] = True,
 ) -> None:
-    """Answer a file of rows and score the answers. An interrupted run goes on where it stopped."""
+    """Answer a file of rows and score the answers, or let a reward model score those in it (--score). An interrupted
+    run goes on where it stopped."""
     from tunery.generate.predict import predict
 
     sampling = _sampling(
         temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty,
         max_new_tokens=max_new_tokens, stop=stop or [], seed=seed,
     )  # fmt: skip
-    scores = predict(
-        target, data, out, sampling, samples=samples, dataset_dir=dataset_dir, template=template, dtype=dtype,
-        device=device, resume=resume, console=_console(),
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "samples": samples, "dataset_dir": dataset_dir, "template": template, "dtype": dtype, "device": device,
+        "resume": resume, "console": _console(),
+    }  # fmt: skip
+    if score:
+        from tunery.generate.score import score as score_rows
+
+        _no_sampling(sampling)
+        scores = score_rows(target, data, out, **options)
+    else:
+        scores = predict(target, data, out, sampling, **options)
     print(json.dumps(scores, indent=2, ensure_ascii=False))
 
 
@@ -350,6 +359,14 @@ def _sampling(**values: Any) -> Any:
     from tunery.generate.base import Sampling
 
     return validate(Sampling, values)
+
+
+def _no_sampling(sampling: Any) -> None:
+    """Raises ConfigError for options of answers where none are given."""
+    usual = _sampling()
+    for name in type(sampling).model_fields:
+        if getattr(sampling, name) != getattr(usual, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: is for answers, and --score generates none; leave it out")
 
 
 def _stdout() -> Any:

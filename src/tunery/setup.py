@@ -157,7 +157,7 @@ def load_start(job: Job, adapter: Any, resume: Path | None, engine: Engine) -> t
     engine.seed(job.train.seed, 0)
     attention = None if job.model.attention == "auto" else job.model.attention
     model: Any = load_with_head(head_of(job), source, dtype, engine.device, attention, seed=job.train.seed)
-    if start_adapter and adapter.whole and resume is None:
+    if start is not None and start_adapter and adapter.whole and resume is None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(start), config=fitting_config(model, start)).merge_and_unload()

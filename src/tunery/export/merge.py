@@ -102,7 +102,7 @@ def _model(
     found: Target, place: Path, tokenizer: Any, chat: Any, stored: torch.dtype, shard: int, streams: list[list[int]]
 ) -> dict[str, Any]:
     scores = is_reward_model(found)
-    model = load_base(found, _stored_dtype(load_config(found.base)))
+    model: Any = load_base(found, _stored_dtype(load_config(found.base)))
     computed = _arithmetic(model)
     model = model.to(computed)
     report: dict[str, Any] = {"kind": "model", "scores": scores, "dtype": str(stored).removeprefix("torch.")}

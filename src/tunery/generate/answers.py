@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from tunery.errors import DataError
 from tunery.files import json_line, write_json, write_text
+from tunery.models.target import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +99,26 @@ class Files:
         write_text(self.partial, "".join(json_line(row) for row in kept))
         return answers
 
-    def finish(self, rows: Iterable[Mapping[str, str]], scores: Mapping[str, Any]) -> None:
+    def finish(self, rows: Iterable[Mapping[str, Any]], scores: Mapping[str, Any]) -> None:
         write_text(self.out, "".join(json_line(row) for row in rows))
         write_json(self.scores, scores)
         self.partial.unlink()
 
     def _lines(self) -> list[bytes]:
         return self.partial.read_bytes().split(b"\n")[:-1] if self.partial.is_file() else []
+
+
+def same_name(name: str) -> str:
+    """A target as it is compared: a folder with a slash at its end, as shells complete it, is the same folder."""
+    return str(Path(name))
+
+
+def weights_stamp(target: Target) -> str:
+    """Tells one training of a folder from the next: names, sizes and times of its weight files."""
+    folders = [folder for folder in (target.adapter, Path(target.base.name)) if folder is not None and folder.is_dir()]
+    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([seen, target.base.revision]).encode()).hexdigest()[:16]
 
 
 def _changed(before: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -24,10 +24,10 @@ from tunery.data.sources import Located, Source, locate
 from tunery.errors import DataError
 from tunery.evaluate.text import score
 from tunery.files import json_line
-from tunery.generate.answers import Files
+from tunery.generate.answers import Files, same_name, weights_stamp
 from tunery.generate.base import Request, Sampling
 from tunery.generate.hf import HFGenerator
-from tunery.models.target import Loaded, Target, load_target
+from tunery.models.target import Loaded, load_target
 from tunery.types import Completion, Example, Message, Refused
 
 
@@ -72,7 +72,7 @@ def predict(
     located = locate(validate(Source, values), "data", dataset_dir)
     files.check_writable(located.files)
     if resume:
-        files.check_unclaimed({"target": _plain(str(target)), **sampling.model_dump(mode="json")})
+        files.check_unclaimed({"target": same_name(str(target)), **sampling.model_dump(mode="json")})
     loaded = load_target(target, dtype=dtype, device=device, template=template, talks=True)
     generator = HFGenerator(loaded.model, loaded.tokenizer, loaded.template, batch_tokens=batch_tokens)
     questions, refused, rows = _read(located, generator, console)
@@ -211,25 +211,12 @@ def _settings(loaded: Loaded, questions: Sequence[Question], sampling: Sampling)
     """What the answers depend on; a partial file goes on only under the same."""
     asked = hashlib.sha256(json.dumps([[q.ids, q.label] for q in questions]).encode()).hexdigest()[:16]
     return {
-        "target": _plain(loaded.target.name),
-        "weights": _stamp(loaded.target),
+        "target": same_name(loaded.target.name),
+        "weights": weights_stamp(loaded.target),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "questions": asked,
         **sampling.model_dump(mode="json"),
     }
-
-
-def _plain(name: str) -> str:
-    """The target as it is compared: a folder with a slash at its end, as shells complete it, is the same folder."""
-    return str(Path(name))
-
-
-def _stamp(target: Target) -> str:
-    """Tells one training of a folder from the next: names, sizes and times of its weight files."""
-    folders = [folder for folder in (target.adapter, Path(target.base.name)) if folder is not None and folder.is_dir()]
-    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
-    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([seen, target.base.revision]).encode()).hexdigest()[:16]
 
 
 def _shown(completions: Iterator[Completion], total: int, done: int, console: Console) -> Iterator[Completion]:

@@ -81,6 +81,7 @@ def _load(
     model: ModelConfig, config: Any, dtype: torch.dtype, device: torch.device | str, attention: str | None
 ) -> tuple[Any, bool]:
     """The model, and whether its head is not from the folder."""
+    loaded: Any
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -88,7 +89,8 @@ def _load(
     with _quiet():
         if model.random_init:
             with torch.device(device):
-                return scorer_from_config(model, config, **options).to(device), True
+                loaded = scorer_from_config(model, config, **options)
+                return loaded.to(device), True
         loaded, found = pretrained(
             AutoModelForSequenceClassification, model, num_labels=1, output_loading_info=True, **options
         )
