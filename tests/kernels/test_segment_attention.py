@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tunery.kernels import compiled
+from tunery.kernels import segment_attention as segments
 from tunery.kernels.segment_attention import reference, segment_attention
 
 needs_compiler = pytest.mark.skipif(not compiled.ready(), reason="needs Linux and a C++ compiler")
@@ -146,3 +147,18 @@ def test_only_the_inputs_are_kept_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         segment_attention(*inputs, [300], 0.5)
     assert sorted(kept) == sorted(x.numel() for x in inputs)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_call_on_shapes_leaves_nothing_to_real_ones_nor_takes_of_theirs(window):
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    def call() -> torch.Tensor:
+        query, key, value = tensors(4, 2, 8, 11)
+        return segment_attention(query, key, value, [4, 7], 0.5, window)
+
+    segments._kept_mask.cache_clear()
+    for _ in range(2):
+        with FakeTensorMode():
+            assert isinstance(call(), FakeTensor)
+        assert type(call()) is torch.Tensor

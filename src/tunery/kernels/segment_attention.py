@@ -81,11 +81,19 @@ def reference(
     return torch.cat(pieces, dim=1).transpose(0, 1).contiguous()
 
 
-@lru_cache(maxsize=64)
-def _unseen(rows: int, before: int, window: int | None) -> Tensor:
-    """[rows, before + rows], True where the query of a row may not look; its own position is `before` + row."""
+def _unseen(rows: int, before: int, window: int | None, beside: Tensor) -> Tensor:
+    """[rows, before + rows], True where the query of a row may not look; its own position is `before` + row. Masks are
+    kept for later calls, unless they go with a tensor that has a shape and no numbers (a plan's)."""
+    make = _kept_mask if type(beside) is Tensor else _mask
+    return make(rows, before, window)
+
+
+def _mask(rows: int, before: int, window: int | None) -> Tensor:
     mask = torch.ones(rows, before + rows, dtype=torch.bool)
     return mask.triu(before + 1) if window is None else mask.triu(before + 1) | mask.tril(before - window)
+
+
+_kept_mask = lru_cache(maxsize=64)(_mask)
 
 
 Block = tuple[int, int, int, int]
@@ -119,9 +127,9 @@ def _probabilities(q: Tensor, k: Tensor, before: int, rows: int, window: int | N
     scores = torch.bmm(q, k.transpose(1, 2))
     by_head = scores.unflatten(1, (-1, rows))
     if window is None:  # only the block on the diagonal has anything to hide
-        by_head[..., before:].masked_fill_(_unseen(rows, 0, None), -torch.inf)
+        by_head[..., before:].masked_fill_(_unseen(rows, 0, None, scores), -torch.inf)
     else:
-        by_head.masked_fill_(_unseen(rows, before, window), -torch.inf)
+        by_head.masked_fill_(_unseen(rows, before, window, scores), -torch.inf)
     return torch.softmax(scores, dim=-1)
 
 
