@@ -7,7 +7,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tunery.flops import cost_of, flops_per_token, known_peak, peak_flops
 
@@ -112,6 +122,44 @@ def test_a_window_limits_attention():
     full = llama(layers=2)
     few, many = (flops_per_token(cost_of(model), labelled=0.0, mean_length=1000) for model in (windowed, full))
     assert many - few == pytest.approx(3 * 2 * 4 * 64 * (500 - (10 - 100 / 2000)))
+
+
+def attention_widths(config) -> list[int]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return [width for width, _, _ in cost_of(model).attention]
+
+
+SMALL = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv", "xlstm"])
+def test_a_recurrence_has_matrices_and_no_scores(family):
+    sizes = {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 8} if family == "mamba2" else {}
+    config = AutoConfig.for_model(family, **SMALL, **sizes)
+    assert attention_widths(config) == [0, 0, 0]
+    with torch.device("meta"):
+        cost = cost_of(AutoModelForCausalLM.from_config(config))
+    assert cost.forward > 3 * 64 * 64 and flops_per_token(cost, labelled=1.0, mean_length=100.0) > 6 * cost.forward
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="a transformers without Gemma 4")
+def test_layers_of_one_model_may_have_heads_of_other_sizes():
+    """Gemma 4: 256 numbers a head through a window, 512 where there is none; the oracle is its own projections."""
+    config = AutoConfig.for_model(
+        "gemma4_text", **SMALL | {"num_hidden_layers": 6}, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=128, vocab_size_per_layer_input=300, hidden_size_per_layer_input=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    projections = [layer.self_attn.q_proj.out_features for layer in model.model.layers]
+    assert [width for width, _, _ in cost_of(model).attention] == projections and len(set(projections)) == 2
+
+
+def test_layers_without_scores_cost_no_attention():
+    config = AutoConfig.for_model("lfm2", **SMALL, num_attention_heads=4, full_attn_idxs=[1])
+    kinds = config.layer_types
+    assert [bool(width) for width in attention_widths(config)] == [kind == "full_attention" for kind in kinds]
 
 
 def test_the_table_prefers_the_special_name():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tunery.memory import Ledger, Peak, Profile, Span
+from tunery import memory
+from tunery.memory import Ledger, Peak, Profile, Span, TooMany
 
 KB = 1024
 
@@ -40,6 +41,14 @@ def test_memory_made_before_is_counted_when_it_is_shown():
         assert ledger.own([weight, same]) == KB
         weight.add_(1.0)
     assert ledger.live == KB and ledger.spans[0].work == {(False, 0, 2 * KB): 1}
+
+
+def test_what_has_no_end_in_sight_is_left(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_OPERATIONS", 20)
+    state = torch.zeros(4)
+    with pytest.raises(TooMany, match="one token after the other"), Ledger():
+        for _ in range(100):
+            state = state * 0.5
 
 
 def profile(accumulates: bool) -> Profile:

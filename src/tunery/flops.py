@@ -95,14 +95,27 @@ def _first_trained_layer(model: nn.Module) -> int:
     return min((_layer(name) for name, weight in model.named_parameters() if weight.requires_grad), default=10**9)
 
 
+# Kinds of layers that make no scores of one position against another.
+_WITHOUT_SCORES = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
+
+
 def _attention(config: Any, first: int) -> tuple[tuple[int, int | None, bool], ...]:
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return tuple(
-        (width, window if kind == "sliding_attention" else None, layer >= first) for layer, kind in enumerate(kinds)
-    )
+    """Of each layer. A recurrence (Mamba, RWKV, xLSTM) has no heads or no scores and a width of 0: its matrices are
+    counted where they are, its state, a few percent beside them, is not."""
+    layers = layer_configs(config)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    found = []
+    for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+        heads = 0 if kind in _WITHOUT_SCORES else getattr(layer, "num_attention_heads", 0)
+        width = heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads) if heads else 0
+        window = getattr(layer, "sliding_window", None) if "sliding" in kind else None
+        found.append((width, window, number >= first))
+    return tuple(found)
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The configuration of each layer, which in some families (Gemma 4) has sizes of its own."""
+    return getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
 
 
 def _seen(length: float, window: int | None) -> float:

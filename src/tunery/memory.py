@@ -27,6 +27,8 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 LOW = (torch.bfloat16, torch.float16)
 # (in 16 bits, floating-point operations, bytes read and written) of one operation.
 Operation = tuple[bool, int, int]
+# More than any model does that takes a whole stream. One that takes a token at a time would be followed for minutes.
+MOST_OPERATIONS = 50_000
 
 
 @dataclass
@@ -42,14 +44,19 @@ class Span:
     work: Counter[Operation] = field(default_factory=Counter)
 
 
+class TooMany(RuntimeError):
+    """A Ledger has seen more than MOST_OPERATIONS."""
+
+
 class Ledger(TorchDispatchMode):
     """Follows memory and work, span by span. Enter it inside a FakeTensorMode (or on real tensors). `promotes`: as a
-    CPU does, which copies what an elementwise operation takes from another dtype; a GPU converts as it reads."""
+    CPU does, which copies what an elementwise operation takes from another dtype; a GPU converts as it reads. Raises
+    TooMany, for what has no end in sight."""
 
     def __init__(self, promotes: bool = True) -> None:
         super().__init__()
         self.promotes = promotes
-        self.live = 0
+        self.live = self.operations = 0
         self._made_in: dict[int, Hashable] = {}  # memory alive -> the span it was made in
         self.spans: list[Span] = [Span("before", 0, 0)]
 
@@ -76,6 +83,9 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
+        self.operations += 1
+        if self.operations > MOST_OPERATIONS:
+            raise TooMany("it takes one token after the other, in more operations than can be followed")
         if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
             out = _grouped_mm(*args, **kwargs)
         else:

@@ -14,7 +14,7 @@ from tunery.devices import Device
 from tunery.engine import DTYPES
 from tunery.flops import cost_of, flops_per_token
 from tunery.job import Job
-from tunery.memory import Operation, Peak, Profile
+from tunery.memory import Operation, Peak, Profile, TooMany
 from tunery.plan.closed_form import closed_form
 from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
 from tunery.plan.work import Rows, Work, work_of
@@ -90,11 +90,15 @@ class Planner:
 
     def _trace(self, stream: Stream, rung: str, accumulates: bool) -> Profile:
         device = self.device.kind
+        if self.note is not None:  # what failed once fails again, and rungs are to be compared
+            return closed_form(self.shadow, stream, rung, device, accumulates)
         try:
             return trace(self.shadow, self.objective, stream, rung, device=device, accumulates=accumulates)
         except Exception as error:  # a model's own code, which may do anything
             first_line = str(error).partition("\n")[0]
             self.note = f"by formula, since the model's code does not run on shapes alone ({first_line[:120]})"
+            if isinstance(error, TooMany):
+                self.note += "; without the family's own kernels it is slower than this"
             return closed_form(self.shadow, stream, rung, device, accumulates)
 
     def _line(self, rung: str) -> Line:
