@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -24,19 +26,32 @@ GPU = Device("a card", "cuda", 80 * GIB, 2**20, 0.04, True, RATES)
 LENGTH = 256
 
 
-def planner(tmp_path, memory: float | None = None, adapter="lora", **train) -> Planner:
-    """Of a tiny Llama on rows of 256 tokens, 64 a step; `memory` as a share of what it takes at its best."""
-    job = job_of(tmp_path, "llama", adapter=adapter, train={"batch_size": 64, **train}, data={"max_length": LENGTH})
-    rows = AssumedRows(64, LENGTH)
-    made = Planner(job, rows, GPU)
-    if memory is None:
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory) -> Callable[..., Planner]:
+    """Makes planners of a tiny Llama on rows of 256 tokens, 64 a step; `memory` as a share of what it takes at its
+    best. They share what was run on shapes, which depends neither on the memory nor on the rung that a job asks for."""
+    folder, rows = tmp_path_factory.mktemp("model"), AssumedRows(64, LENGTH)
+    known: dict[tuple[str, int | None], Planner] = {}
+
+    def make(
+        memory: float | None = None, adapter: str = "lora", checkpointing: str = "auto", micro_tokens: int | None = None
+    ) -> Planner:
+        train = {"batch_size": 64, "checkpointing": checkpointing, "micro_tokens": micro_tokens}
+        job = job_of(folder, "llama", adapter=adapter, train=train, data={"max_length": LENGTH})
+        if (adapter, micro_tokens) not in known:
+            known[adapter, micro_tokens] = Planner(job, rows, GPU)
+        made = copy(known[adapter, micro_tokens])
+        made.job = job
+        if memory is not None:
+            wanted = made.memory(made.most, rungs_of(job, GPU)[0]).total
+            made.device = replace(GPU, memory=int(memory * wanted))
         return made
-    wanted = made.memory(made.most, rungs_of(job, GPU)[0]).total
-    return Planner(job, rows, replace(GPU, memory=int(memory * wanted)))
+
+    return make
 
 
-def test_a_job_that_fits_takes_the_most(tmp_path):
-    made = planner(tmp_path, checkpointing="auto")
+def test_a_job_that_fits_takes_the_most(planner):
+    made = planner()
     assert best(made, rungs_of(made.job, GPU)) == (16384, "none")
     assert ladder_of(made) == []
 
@@ -45,10 +60,10 @@ def ladder_of(made: Planner):
     return make_plan(made).ladder
 
 
-def test_less_memory_gives_smaller_micro_batches_and_then_rungs(tmp_path):
+def test_less_memory_gives_smaller_micro_batches_and_then_rungs(planner):
     sizes, rungs = [], []
     for share in (1.0, 0.7, 0.4, 0.15):
-        made = planner(tmp_path, share, checkpointing="auto")
+        made = planner(share)
         tokens, rung = best(made, rungs_of(made.job, made.device))
         assert made.memory(tokens, rung).total <= made.device.memory
         sizes.append(tokens)
@@ -57,31 +72,31 @@ def test_less_memory_gives_smaller_micro_batches_and_then_rungs(tmp_path):
     assert rungs[3] in ("selective", "full")  # rather than micro-batches smaller than 4,096 tokens
 
 
-def test_the_largest_is_the_largest(tmp_path):
-    made = planner(tmp_path, 0.6, checkpointing="none")
+def test_the_largest_is_the_largest(planner):
+    made = planner(0.6, checkpointing="none")
     tokens = largest(made, "none")
     assert tokens is not None
     assert made.memory(tokens, "none").total <= made.device.memory
     assert made.memory(tokens * 17 // 16, "none").total > made.device.memory
 
 
-def test_where_nothing_fits_the_nearest_is_taken_and_the_ladder_says_so(tmp_path):
-    made = planner(tmp_path, 0.001, checkpointing="auto")
+def test_where_nothing_fits_the_nearest_is_taken_and_the_ladder_says_so(planner):
+    made = planner(0.001)
     assert best(made, rungs_of(made.job, made.device)) == (LENGTH, "offload")
     plan = make_plan(made)
     assert not plan.fits and plan.ladder and not any(change.fits for change in plan.ladder)
     assert {"train.micro_tokens", "train.checkpointing"} == {k for c in plan.ladder for k in c.settings or {}}
 
 
-def test_what_the_job_fixes_stays(tmp_path):
-    made = planner(tmp_path, 0.5, checkpointing="full", micro_tokens=8192)
+def test_what_the_job_fixes_stays(planner):
+    made = planner(0.5, checkpointing="full", micro_tokens=8192)
     assert rungs_of(made.job, GPU) == ("full",) and least(made) == 8192
     assert best(made, ("full",)) == (8192, "full")
     assert choose(made.job, made.rows, made.device) == (8192, "full")
 
 
-def test_the_ladder_goes_down_in_memory_and_up_in_time(tmp_path):
-    made = planner(tmp_path, 0.3, adapter="full", checkpointing="none")
+def test_the_ladder_goes_down_in_memory_and_up_in_time(planner):
+    made = planner(0.3, adapter="full", checkpointing="none")
     changes = ladder(made)
     rungs = [c for c in changes if c.settings and "adapter" not in c.settings]
     assert [(c.settings or {}).get("train.checkpointing", "none") for c in rungs] == [
@@ -99,8 +114,8 @@ def test_the_ladder_goes_down_in_memory_and_up_in_time(tmp_path):
 
 
 @pytest.mark.parametrize(("adapter", "word"), [("lora", "QLoRA"), ("full", "8-bit")])
-def test_what_is_not_there_yet_cannot_be_set_and_comes_last(tmp_path, adapter, word):
-    changes = ladder(planner(tmp_path, 0.001, adapter=adapter, checkpointing="none"))
+def test_what_is_not_there_yet_cannot_be_set_and_comes_last(planner, adapter, word):
+    changes = ladder(planner(0.001, adapter=adapter, checkpointing="none"))
     first = sum(c.settings is not None for c in changes)
     later = changes[first:]
     assert first and all(c.settings is None for c in later)
@@ -115,14 +130,16 @@ def test_a_small_model_is_seen_to_fit_at_a_glance(tmp_path, monkeypatch):
     assert choose(job, AssumedRows(4, 64), GPU) == (16384, "none")
 
 
-def test_the_glance_is_above_what_is_needed(tmp_path):
-    made = planner(tmp_path)
+def test_the_glance_is_above_what_is_needed(planner):
+    made = planner()
     assert choosing.roughly(made.job, made.most, GPU) > made.memory(made.most, "none").total
 
 
-def test_planning_is_a_function_of_its_arguments(tmp_path):
-    a, b = (planner(tmp_path, 0.5, checkpointing="auto") for _ in range(2))
-    assert make_plan(a).to_dict() == make_plan(b).to_dict()
+def test_planning_is_a_function_of_its_arguments(planner):
+    """Whatever else a planner was asked before."""
+    used = planner(0.5, checkpointing="selective")
+    fresh = Planner(used.job, used.rows, used.device)
+    assert make_plan(fresh).to_dict() == make_plan(used).to_dict()
 
 
 def test_a_run_keeps_to_what_it_began_with(tmp_path, monkeypatch):
@@ -142,8 +159,8 @@ def test_a_run_keeps_to_what_it_began_with(tmp_path, monkeypatch):
     assert (saved["micro_tokens"], saved["checkpointing"]) == (1024, "none")
 
 
-def test_real_steps_correct_times_and_overhead(tmp_path):
-    made = planner(tmp_path, checkpointing="none")
+def test_real_steps_correct_times_and_overhead(planner):
+    made = planner(checkpointing="none")
     plan = make_plan(made)
     expected = made.step_seconds([LENGTH], "none")
     tensors = plan.memory.weights + plan.memory.optimizer + made.line("none").memory(LENGTH)
