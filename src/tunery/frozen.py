@@ -39,6 +39,8 @@ def keep_frozen_states(run: Run) -> None:
     if why_not is not None:
         run.policy.notes.append(f"every epoch runs the frozen layers, because {why_not} (adapter.cache)")
         return
+    # What is kept is of whole sequences.
+    run.cut = run.loader.how = replace(run.cut, share=False)
     boundary = _open(run, probed)
     _take_up(run, boundary)
     run.policy.notes.append(

@@ -47,6 +47,11 @@ class TrainConfig(Config):
         default=None, ge=8, description="tokens per forward; changes memory and speed, never the result"
     )
     packing: bool = Field(default=True, description="several sequences in one stream; off gives one each, same result")
+    share_prompts: bool = Field(
+        default=True,
+        description="compute what an example's sequences begin with alike (the prompt of two answers) once; changes "
+        "memory and speed, never the result",
+    )
     shuffle: bool = Field(default=True, description="a new order every epoch")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the gradient's norm; null to not clip")
     neftune: float | None = Field(default=None, gt=0, description="NEFTune noise alpha on the embeddings (5 is usual)")

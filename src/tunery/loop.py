@@ -258,6 +258,8 @@ def _make_report(run: Run, console: Any) -> Report | NullReport:
             cost_of(run.model), labelled=labelled, mean_length=float((lengths**2).sum() / lengths.sum())
         )
         cost *= 1 - skipped_flops(run) if run.policy.boundary is not None else 1
+        if run.cut.share:  # of a token of the rows, some of which are computed once for several
+            cost *= float(train.lengths_when_shared.sum() / lengths.sum())
     report = Report(
         run.output, job.report, total_steps=run.total_steps, total_epochs=run.loader.epoch_at(run.total_steps),
         start_step=run.start, log_every=job.train.log_every, flops_per_token=cost,

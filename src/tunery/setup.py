@@ -331,6 +331,24 @@ def make_policy(job: Job, model: Any, dtype: torch.dtype, probe: bool = True) ->
     return policy
 
 
+def shares_prompts(job: Job, read: Read, policy: CausalPolicy, engine: Engine) -> bool:
+    """Whether what an example's sequences begin with alike is computed once; the same on every rank, since it decides
+    the cut. Adds a note where it could be and this model cannot."""
+    stores = [store for store in (read.data.train, read.data.eval) if isinstance(store, TokenStore)]
+    alike = any((store.lengths_when_shared < store.lengths).any() for store in stores)
+    unknown = job.data.streaming or getattr(read.objective, "generates", False)
+    if not job.train.share_prompts or not (alike or unknown):
+        return False
+    if all(engine.gather(policy.shares)):
+        return True
+    if alike and policy.packs:  # a model that does not pack has said so
+        why = "NEFTune's noise depends on their lengths" if policy.neftune else "its layers look back in other ways"
+        policy.notes.append(
+            f"what the sequences of an example have in common runs for each, because {why} (slower, same result)"
+        )
+    return False
+
+
 def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     """Build the run on data already read. Raises TuneryError."""
     adapter = build("adapters", job.adapter)
@@ -344,7 +362,8 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     if policy.parts is not None and policy.parts.scalar:
         agree_on_padding(policy.causal, read.tokenizer, read.template)
     assert job.train.micro_tokens is not None
-    cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world)
+    share = shares_prompts(job, read, policy, engine)
+    cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world, share)
     loader, total = make_loader(job, read.data, cut)
     groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay)
     optimizer = build("optimizers", job.optimizer, groups)

@@ -71,7 +71,7 @@ class TokenStore:
 
     @cached_property
     def lengths_when_shared(self) -> np.ndarray:
-        """`lengths`, the beginnings that an example's sequences share (data/share.py) counted once: int64 [len(self)]."""
+        """`lengths`, what an example's sequences begin with alike (data/share.py) counted once: int64 [len(self)]."""
         shared = shared_lengths(self.ids, self.weights, self.sequence_offsets, self.example_offsets)
         saved = shared * (np.diff(self.example_offsets) - 1)
         return self.lengths - (saved if self.index is None else saved[self.index])

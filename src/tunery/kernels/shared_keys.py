@@ -22,10 +22,10 @@ from torch.autograd.function import once_differentiable
 class SharedKeys:
     """How the keys of a stream of T tokens are laid out for its runs.
 
-    `queries`, `keys`: of each run, how many of both it has. `places` int64 [K], which token of the stream stands at each
-    place of the layout; `own` int64 [T], where each token stands among the keys of its own run; `copies`, of the first,
-    second, ... copies of tokens: (places in the layout, tokens), int64, no token twice. `cu_queries`, `cu_keys` int32,
-    cumulative. Tensors are on the stream's device."""
+    `queries`, `keys`: of each run, how many of both it has. `places` int64 [K], which token of the stream stands at
+    each place of the layout; `own` int64 [T], where each token stands among the keys of its own run; `copies`, of the
+    first, second, ... copies of tokens: (places in the layout, tokens), int64, no token twice. `cu_queries`, `cu_keys`
+    int32, cumulative. Tensors are on the stream's device."""
 
     queries: list[int]
     keys: list[int]

@@ -22,7 +22,7 @@ class AssumedRows:
     """Rows that nobody has read yet: each one sequence of the longest kind, trained on all over."""
 
     def __init__(self, count: int, length: int):
-        self.lengths = np.full(count, length, dtype=np.int64)
+        self.lengths = self.lengths_when_shared = np.full(count, length, dtype=np.int64)
         self.labelled = self.lengths - 1
 
     def __len__(self) -> int:
@@ -37,10 +37,10 @@ Rows = TokenStore | AssumedRows
 
 @dataclass
 class Work:
-    """The steps of a run with one cut. `steps` and `steps_per_epoch` None where the rows are not known; `tokens` of a
-    mean step over all ranks, `streams` the token counts of this rank's streams in each step looked at; `largest` the
-    longest stream of them; `labelled` the share of tokens trained on; `mean_length` of a sequence, averaged over
-    tokens."""
+    """The steps of a run with one cut, as if its model could share prompts. `steps` and `steps_per_epoch` None where
+    the rows are not known; `tokens` of a mean step over all ranks; `streams` the token counts of this rank's streams in
+    each step looked at; `largest` the longest stream of them; `labelled` the share of tokens trained on; `mean_length`
+    of a sequence, averaged over tokens."""
 
     steps: int | None
     steps_per_epoch: int | None
@@ -66,7 +66,8 @@ class Work:
 def work_of(job: Job, rows: Rows, micro_tokens: int, world: int = 1) -> Work:
     """What `job` makes of `rows` when streams hold `micro_tokens` tokens."""
     train = job.train
-    how = Cut(micro_tokens, train.packing, 0, world)
+    how = Cut(micro_tokens, train.packing, 0, world, train.share_prompts and train.neftune is None)
+    taken = rows.lengths_when_shared if how.share else rows.lengths
     order = Order(len(rows), batch_size=train.batch_size, seed=train.seed, shuffle=train.shuffle)
     known = not isinstance(rows, AssumedRows)
     total = train.max_steps or (math.ceil(train.epochs * order.steps_per_epoch) if known else None)
@@ -76,21 +77,29 @@ def work_of(job: Job, rows: Rows, micro_tokens: int, world: int = 1) -> Work:
     largest, tokens = ((), 0), 0
     for step in looked_at:
         numbers = order.rows(step)
-        lengths = [int(rows.lengths[i]) for i in numbers]
-        tokens += sum(lengths)
+        lengths = [int(taken[i]) for i in numbers]
+        tokens += int(rows.lengths[numbers].sum())
         members = [[numbers[j] for j in stream] for stream in streams(lengths, how)]
-        cuts.append([sum(int(rows.lengths[i]) for i in stream) for stream in members])
+        cuts.append([sum(int(taken[i]) for i in stream) for stream in members])
         for stream, size in zip(members, cuts[-1], strict=True):
             largest = max(largest, (tuple(stream), size), key=lambda found: found[1])
     return Work(
-        total, order.steps_per_epoch if known else None, tokens / len(looked_at), cuts, _stream(rows, largest[0]),
-        float(rows.labelled.sum() / rows.lengths.sum()), _mean_length(rows),
+        total, order.steps_per_epoch if known else None, tokens / len(looked_at), cuts, _stream(rows, largest[0], how),
+        float(rows.labelled.sum() / taken.sum()), _mean_length(rows),
     )  # fmt: skip
 
 
-def _stream(rows: Rows, numbers: Sequence[int]) -> Stream:
-    lengths = [int(n) for i in numbers for n in rows.sequence_lengths(i)]
+def _stream(rows: Rows, numbers: Sequence[int], how: Cut) -> Stream:
+    lengths = [length for i in numbers for length in _pieces(rows, i, how)]
     return Stream(tuple(lengths), max(1, int(sum(rows.labelled[i] for i in numbers))))
+
+
+def _pieces(rows: Rows, number: int, how: Cut) -> list[int]:
+    """The lengths of an example's pieces (data/collate.py)."""
+    lengths = rows.sequence_lengths(number)
+    saved = int(rows.lengths[number] - rows.lengths_when_shared[number]) if how.share else 0
+    shared = saved // max(1, len(lengths) - 1)
+    return [*([shared] if shared else []), *(int(length) - shared for length in lengths)]
 
 
 def _mean_length(rows: Rows, sampled: int = 2000) -> float:
