@@ -22,6 +22,7 @@ from tunery.data.dataset import DataConfig
 from tunery.errors import ConfigError
 from tunery.kernels import KernelsConfig, one_word
 from tunery.models.load import ModelConfig, ModelField
+from tunery.rollout.options import RolloutConfig
 from tunery.models.rungs import RUNGS, RungName
 from tunery.schedule import ScheduleConfig
 
@@ -111,6 +112,12 @@ def _name(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _rewards(value: Any) -> Any:
+    """One reward or a list; "file.py:function" is short for a function."""
+    items = value if isinstance(value, list) else [value]
+    return [{"kind": "function", "path": item} if isinstance(item, str) and ":" in item else item for item in items]
+
+
 def _sections_may_be_empty(schema: dict[str, Any]) -> None:
     """In a file, a section with nothing below it is one of defaults (see load_job)."""
     for name, section in schema["properties"].items():
@@ -126,6 +133,12 @@ class Job(Config):
     model: Annotated[ModelField, ShortForms("name")] = Field(default=ModelConfig(), description="the base model")
     data: DataConfig = Field(default=DataConfig(), description="the rows")
     objective: kind_field("objectives", "objective", "sft") = Field(default="sft", description="what is optimised")  # type: ignore
+    rewards: Annotated[
+        list[kind_field("rewards", "rewards", "function")],  # type: ignore
+        BeforeValidator(_rewards),
+        ShortForms(),
+    ] = Field(default=[], description="what generated answers are worth: kinds, or my_rewards.py:function")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="how prompts are answered while training")
     adapter: kind_field("adapters", "adapter", "lora") = Field(default="lora", description="which parameters train")  # type: ignore
     optimizer: kind_field("optimizers", "optimizer", "adamw") = Field(default="adamw", description="how they move")  # type: ignore
     schedule: Annotated[ScheduleConfig, BeforeValidator(_name), ShortForms("kind")] = Field(

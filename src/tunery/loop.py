@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tunery.models.score import load_with_head
 from tunery.models.target import load_adapter
 from tunery.reference import drop_reference, keep_reference
 from tunery.report import NullReport, Report
+from tunery.rollout.rollouts import Rollouts
 from tunery.run_folder import (
     REFUSED,
     find_resume,
@@ -106,6 +108,8 @@ def run_job(job: Job, console: Any = None) -> Result:
         with _make_report(run, console) as report:
             return train(run, report)
     finally:
+        if read.rewards is not None:
+            read.rewards.close()
         engine.close()
 
 
@@ -123,6 +127,8 @@ def train(run: Run, report: Report | NullReport) -> Result:
     if run.start == 0:
         _evaluate(run, report, 0)
     model.train()
+    if isinstance(run.loader, Rollouts):
+        run.loader.log.say = report.say
     with _interruptible() as interrupt, Prefetcher(run.loader, total, engine.device) as ahead:
         step, under_way = run.start, deque[Taken]()
         while step < total:
@@ -132,6 +138,8 @@ def train(run: Run, report: Report | NullReport) -> Result:
             work = ahead.step(step).recut(run.cut)
             weight, stop = total_weight(run, work, bool(interrupt))
             loss, metrics = gradients(run, report, step, work, weight)
+            if isinstance(run.loader, Rollouts):
+                metrics |= run.loader.take_figures()
             under_way.append(update(run, gate, step, work, weight, loss, metrics))
             step += 1
             evaluating = run.data.eval is not None and (step % eval_every == 0 or step == total)
@@ -165,6 +173,11 @@ def _evaluate(run: Run, report: Report | NullReport, step: int) -> float:
     """Held-out loss by tokens over all ranks; infinity (never the best) without held-out rows."""
     if run.data.eval is None:
         return math.inf
+    if isinstance(run.loader, Rollouts):  # there is no loss to look at: what counts is the reward, upside down
+        figures = run.loader.evaluate(run.data.eval, run.data.eval_examples)
+        rewards = {name: value / weight for name, (value, weight) in figures.items() if weight}
+        report.evaluation(step, -rewards.get("reward", 0.0), rewards)
+        return -rewards.get("reward", 0.0)
     streams = evaluation_streams(run.data.eval, run.cut)
     metrics = evaluate(run.objective, run.policy, run.model, streams, run.engine)
     loss = metrics.pop("loss")
@@ -181,10 +194,17 @@ def _save(run: Run, report: Report | NullReport, step: int, best: dict[str, Any]
         }  # fmt: skip
         keep_best = best["step"] if run.job.eval.best else None
         checkpoint.save(
-            run.output, step, run.save_weights, run.optimizer, state, keep=run.job.train.keep, best=keep_best
+            run.output, step, partial(_write, run, step), run.optimizer, state, keep=run.job.train.keep, best=keep_best
         )
     run.engine.barrier()
     report.mark()
+
+
+def _write(run: Run, step: int, folder: Path) -> None:
+    """What a checkpoint after `step` steps holds besides the optimizer's moments."""
+    run.save_weights(folder)
+    if isinstance(run.loader, Rollouts):
+        run.loader.save(folder, step)
 
 
 def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dict[str, Any], step: int) -> Result:
@@ -251,7 +271,7 @@ def _make_report(run: Run, console: Any) -> Report | NullReport:
     if not run.engine.is_main:
         return NullReport()
     job, train, cost = run.job, run.data.train, None
-    if isinstance(train, TokenStore):
+    if isinstance(train, TokenStore) and not isinstance(run.loader, Rollouts):
         lengths = train.lengths
         labelled = float(train.labelled.sum() / lengths.sum())
         cost = flops_per_token(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -41,9 +40,11 @@ class CausalPolicy:
     noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any).
     `probe` off believes the shortcuts below instead of comparing, for a model that has shapes and no numbers (a plan).
     `reference_head`: the loss from all labelled logits at once. Batches of several sequences are always taken; where
-    `packs` is False they are run one by one, and batches that share beginnings where `shares` is True. `notes` says which shortcuts the model could not take. `boundary`, once
-    given: where training keeps the hidden states that enter the first trained layer. `at_start`, once given: a context
-    in which the model has the weights that training began with (reference.py)."""
+    `packs` is False they are run one by one; ones that share beginnings only where `shares` is True. `notes` says
+    which shortcuts the model could not take. `boundary`, once given: where training keeps the hidden states that enter
+    the first trained layer. `at_start`, once given: a context in which the model has the weights that training began
+    with (reference.py). `temperature` divides the logits of
+    `logps`: that of the sampling, where what is trained on was sampled."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class CausalPolicy:
         self.probes = probe
         self.notes: list[str] = []
         self.boundary: Boundary | None = None
+        self.temperature = 1.0
         self.at_start: Callable[[], AbstractContextManager[None]] | None = None
         self.device = next(model.parameters()).device
         native = self.device.type == "cpu" and compiled.ready()
@@ -167,6 +169,7 @@ class CausalPolicy:
         def chunk_logps(h: Tensor, y: Tensor) -> Tensor:
             with self.autocast():
                 z = cap_and_scale(parts.head(h), parts.scale, parts.softcap)
+                z = z if self.temperature == 1.0 else z / self.temperature
             return z.gather(1, y[:, None])[:, 0] - z.logsumexp(-1)
 
         size = chunk_rows(parts.causal.config.get_text_config().vocab_size, h_NH.device)
@@ -181,7 +184,7 @@ class CausalPolicy:
         with self.autocast(), self._beginning(batch):
             pieces = [self.causal(use_cache=False, **inputs).logits[0] for inputs in self._inputs(batch)]
         logits = torch.cat(pieces)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         return logits.gather(1, batch.targets_T[:, None])[:, 0] - logits.logsumexp(-1)
 
     def _inputs(self, batch: Batch) -> Iterator[dict[str, Any]]:

@@ -195,6 +195,10 @@ class Report:
             self.notes.append(text)
             self.display.say(text)
 
+    def say(self, text: str) -> None:
+        """Tell the user now, and nowhere else."""
+        self.display.say(text)
+
     def before_after(
         self, before: Mapping[str, float], after: Mapping[str, float], samples: Sequence[Mapping[str, str]]
     ) -> None:
@@ -306,6 +310,8 @@ class NullReport:
     def warn(self, text: str) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
     def before_after(
         self, before: Mapping[str, float], after: Mapping[str, float], samples: Sequence[Mapping[str, str]]

@@ -36,6 +36,9 @@ from tunery.models.score import agree_on_padding, fitting_config, load_with_head
 from tunery.plan.choose import choose
 from tunery.plan.work import AssumedRows
 from tunery.policy import CausalPolicy
+from tunery.rollout.build import check_rollouts, generates, make_rewards, make_rollouts
+from tunery.rollout.rollouts import Rollouts
+from tunery.rollout.scoring import Rewards
 from tunery.run_folder import CONFIG, find_resume, versions
 from tunery.trackers import require
 from tunery.types import Objective
@@ -57,7 +60,7 @@ class Run:
     policy: CausalPolicy
     optimizer: torch.optim.Optimizer
     peak_lrs: list[float]
-    loader: Loader | StreamLoader
+    loader: Loader | StreamLoader | Rollouts
     cut: Cut
     total_steps: int
     base_dtype: torch.dtype
@@ -123,6 +126,9 @@ def _chosen_cut(job: Job, engine: Engine, read: Read | None) -> tuple[int, str]:
     """The same by plan, for the rank with the least memory."""
     data = read.data.train if read is not None else None
     rows = data if isinstance(data, TokenStore) else AssumedRows(job.train.batch_size, job.data.max_length)
+    if read is not None and read.rewards is not None:  # prompts, whose answers are not known
+        longest = int(rows.lengths.max()) + job.rollout.max_new_tokens
+        rows = AssumedRows(job.train.batch_size * job.rollout.group // job.rollout.minibatches, longest)
     device = this_device(engine.device.type)
     memory = min(engine.gather(device.memory))
     if device.kind == "cpu":
@@ -260,6 +266,7 @@ class Read:
     template: ChatTemplate
     objective: Objective
     data: Prepared
+    rewards: Rewards | None = None
 
 
 def read_data(job: Job, console: Any = None) -> Read:
@@ -271,10 +278,12 @@ def read_data(job: Job, console: Any = None) -> Read:
         data = data.model_copy(update={"shuffle_buffer": 1})
     tokenizer, template = read_template(job)
     objective = build("objectives", job.objective)
+    check_rollouts(job, objective)
     prepared = prepare(
         data, template, objective, seed=job.train.seed, cache_key=job.objective.model_dump_json(), console=console
     )
-    return Read(tokenizer, template, objective, prepared)
+    rewards = make_rewards(job, prepared) if generates(objective) else None
+    return Read(tokenizer, template, objective, prepared, rewards)
 
 
 def beyond_context(job: Job, data: Prepared) -> str | None:
@@ -364,7 +373,15 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     assert job.train.micro_tokens is not None
     share = shares_prompts(job, read, policy, engine)
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world, share)
-    loader, total = make_loader(job, read.data, cut)
+    if read.rewards is not None:
+        loader, total = make_rollouts(
+            job, read.data, read.objective, policy, read.tokenizer, read.template, read.rewards, engine, cut,
+            state.get("step", 0),
+        )  # fmt: skip
+        if resume is not None:
+            loader.load(resume)
+    else:
+        loader, total = make_loader(job, read.data, cut)
     groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay)
     optimizer = build("optimizers", job.optimizer, groups)
     if resume is not None:

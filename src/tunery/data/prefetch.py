@@ -22,7 +22,8 @@ class Prefetcher:
     while everything else goes on.
 
     Nothing else changes: `step(n)` is what the loader gives for n, whatever was asked before, and what the loader
-    raises for n is raised there. Two steps exist at a time, the caller's and the one ahead. A context manager: leaving
+    raises for n is raised there. A loader that is `live`, because its steps depend on the weights, is asked when a step
+    is wanted, and nothing is begun ahead. Two steps exist at a time, the caller's and the one ahead. A context manager: leaving
     it, by an error too, waits for the thread to end."""
 
     def __init__(self, loader: Steps, total: int, device: torch.device):
@@ -41,6 +42,8 @@ class Prefetcher:
 
     def step(self, step: int) -> Step:
         """Step `step`; the one after it is begun."""
+        if getattr(self.loader, "live", False):
+            return self._make(step)
         if self._ahead is None or self._ahead[0] != step:
             self._begin(step)
         assert self._ahead is not None

@@ -1,0 +1,73 @@
+"""Rollouts from a job: what can be wrong with its sections together, its rewards, and the loader itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tunery.data.dataset import Prepared
+from tunery.data.loader import Cut
+from tunery.data.store import TokenStore
+from tunery.engine import Engine
+from tunery.errors import ConfigError
+from tunery.generate.hf import HFGenerator
+from tunery.job import Job
+from tunery.policy import CausalPolicy
+from tunery.rollout.log import RolloutLog
+from tunery.rollout.rollouts import Rollouts
+from tunery.rollout.samples import make_answer
+from tunery.rollout.scoring import Rewards
+
+
+def generates(objective: Any) -> bool:
+    return bool(getattr(objective, "generates", False))
+
+
+def check_rollouts(job: Job, objective: Any) -> None:
+    """Raises ConfigError where objective, rewards and rollout do not go together."""
+    kind, rollout = job.objective.kind, job.rollout
+    if not generates(objective):
+        if job.rewards:
+            raise ConfigError(f"rewards: objective {kind} trains on the answers in the data and has no use for rewards")
+        return
+    if not job.rewards:
+        raise ConfigError(f"rewards: objective {kind} needs one at least; for example my_rewards.py:accuracy, or math")
+    if rollout.minibatches > job.train.batch_size:
+        raise ConfigError(
+            f"rollout.minibatches: {rollout.minibatches} minibatches cannot be made of {job.train.batch_size} prompts "
+            "(train.batch_size)"
+        )
+    least = getattr(objective, "least_group", 1)
+    if rollout.group < least:
+        raise ConfigError(
+            f"rollout.group: objective {kind} compares the answers to a prompt with one another and needs {least}"
+        )
+
+
+def make_rewards(job: Job, data: Prepared) -> Rewards:
+    """The job's rewards, ready, and found able to score these rows. Raises ConfigError and RewardError."""
+    rewards = Rewards(job.rewards)
+    rewards.check([make_answer(example) for example in [*data.train_examples, *data.eval_examples]])
+    rewards.start()
+    return rewards
+
+
+def make_rollouts(
+    job: Job, data: Prepared, objective: Any, policy: CausalPolicy, tokenizer: Any, template: Any, rewards: Rewards,
+    engine: Engine, cut: Cut, start: int,
+) -> tuple[Rollouts, int]:  # fmt: skip
+    """The loader, and the number of optimizer steps of the whole run."""
+    train, options = job.train, job.rollout
+    assert isinstance(data.train, TokenStore)
+    steps_per_rollout = options.minibatches * options.iterations
+    rollouts = math.ceil(train.epochs * len(data.train) / train.batch_size - 1e-9)
+    total = train.max_steps or rollouts * steps_per_rollout
+    policy.temperature = options.temperature
+    generator = HFGenerator(policy.model, tokenizer, template, batch_tokens=options.batch_tokens, logps=True)
+    made = Rollouts(
+        options, data.train, data.train_examples, batch_size=train.batch_size, seed=train.seed, shuffle=train.shuffle,
+        how=cut, objective=objective, policy=policy, generator=generator, rewards=rewards, engine=engine,
+        log=RolloutLog(Path(job.output), options.shown, start, total),
+    )  # fmt: skip
+    return made, total
