@@ -73,27 +73,32 @@ def test_what_is_kept_is_what_autograd_saves(tmp_path, family, adapter):
     assert profile.kept == pytest.approx(saved, rel=0.05)
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora", "freeze"])
-@pytest.mark.parametrize("rung", ["none", "selective", "full"])
-@pytest.mark.parametrize("accumulates", [False, True])
-def test_the_peak_is_that_of_the_real_step(tmp_path, adapter, rung, accumulates):
+@pytest.fixture(scope="module", params=["full", "lora", "freeze"])
+def shapes(request, tmp_path_factory) -> Shadow:
+    """One for all rungs, as in a plan."""
     # the blocks of scores of our own attention, which a plan leaves out, are large beside so small a model
     kernels = {"attention": "reference"}
-    job = job_of(tmp_path, adapter=adapter, train={"checkpointing": rung}, kernels=kernels)
-    model, policy, batch = real(job, torch.float32)
-    objective = build("objectives", job.objective)
+    return Shadow(job_of(tmp_path_factory.mktemp("job"), adapter=request.param, kernels=kernels), torch.float32)
+
+
+@pytest.mark.parametrize("rung", ["none", "selective", "full"])
+def test_the_peak_is_that_of_the_real_step(shapes, rung):
+    """Of a step's first micro-batch, and of a later one."""
+    train = shapes.job.train.model_copy(update={"checkpointing": rung})
+    model, policy, batch = real(shapes.job.model_copy(update={"train": train}), torch.float32)
+    objective = build("objectives", shapes.job.objective)
     ledger = Ledger()
     with ledger:
         base = ledger.own([*model.parameters(), *model.buffers(), *vars_of(batch)])
-        for _ in range(3):  # the first step of all may also make what later ones find
+        # the first step of all may also make what later ones find
+        for accumulates in (False, False, False, True):
             if not accumulates:
                 model.zero_grad(set_to_none=True)
-            ledger.enter_span("step")
+            ledger.enter_span(accumulates)
             objective.loss(policy, batch).sum.backward()
-        peak = ledger.spans[-1].peak
-    shapes = Shadow(job, torch.float32)
-    peaks = trace(shapes, objective, stream(), rung, accumulates=accumulates).peaks()
-    assert max(p.dynamic for p in peaks) == pytest.approx(peak - base, rel=0.1)
+    for span in ledger.spans[-2:]:
+        peaks = trace(shapes, objective, stream(), rung, accumulates=span.name is True).peaks()
+        assert max(p.dynamic for p in peaks) == pytest.approx(span.peak - base, rel=0.1)
     assert shapes.weight_bytes == sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
 
 
