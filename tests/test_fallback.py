@@ -15,9 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_loop import final_weights, same
-from test_process import job_file, start
-from tiny_runs import losses, tiny_job, write_rows
+from processes import job_file, train_on_two_ranks
+from tiny_runs import final_weights, losses, same, tiny_job, write_rows
 from tunery import fallback, loop
 from tunery.checkpoint import load_state
 from tunery.errors import OutOfMemoryError
@@ -313,15 +312,7 @@ def two_ranks(tmp_path):
     path = job_file(tmp_path, objective={"kind": "outside.limited"}, train={"batch_size": 7, "micro_tokens": 300})
     os.environ["PYTHONPATH"] = str(tmp_path)
 
-    def run(name: str, *overrides: str) -> tuple[int, str]:
-        process = start(
-            "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_900 + os.getpid() % 90,
-            "-m", "tunery", "train", path, f"output={tmp_path / name}", *overrides,
-        )  # fmt: skip
-        text, _ = process.communicate(timeout=120)
-        return process.returncode, text
-
-    yield run
+    yield lambda name, *overrides: train_on_two_ranks(path, f"output={tmp_path / name}", *overrides)
     sys.path.remove(str(tmp_path))
     del os.environ["PYTHONPATH"]
 

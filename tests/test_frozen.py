@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from safetensors.torch import load_file
 
 import tunery.frozen
 import tunery.loop
-from test_process import job_file, start, train
-from tiny_runs import losses, tiny_job
+from processes import job_file, train, train_on_two_ranks
+from tiny_runs import losses, same, tiny_job
 from tunery.errors import ConfigError
 from tunery.frozen import begin_step
 from tunery.job import Job
@@ -100,8 +99,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, monkeypatch, 
     run_job(cut)
     assert (len(calls) == 3) == (file == "there")  # the probe's alone
     assert losses(cut.output) == losses(whole.output) and len(losses(cut.output)) == 9
-    one, two = (load_file(Path(job.output) / "model.safetensors") for job in (whole, cut))
-    assert all(one[name].equal(two[name]) for name in one)
+    assert same(Path(cut.output), Path(whole.output))
 
 
 def test_a_checkpoint_elsewhere_goes_on_the_same(tmp_path, monkeypatch):
@@ -195,12 +193,8 @@ def test_two_ranks_share_the_file(tmp_path):
     adapter = {"kind": "freeze", "layers": 1, "cache": True}
     path = job_file(tmp_path, adapter=adapter, train={"epochs": 3, "batch_size": 7, "micro_tokens": 60})
     train(path, f"output={tmp_path / 'one'}", "adapter.cache=false")
-    process = start(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_900 + os.getpid() % 90,
-        "-m", "tunery", "train", path, f"output={tmp_path / 'two'}",
-    )  # fmt: skip
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
+    status, text = train_on_two_ranks(path, f"output={tmp_path / 'two'}")
+    assert status == 0, text
     assert "later ones begin with what they gave" in text
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-11)
     assert not (tmp_path / "two" / FILE).exists()

@@ -12,21 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_runs import losses, tiny_job
+from tiny_runs import final_weights, losses, same, tiny_job
 from tunery.errors import ConfigError, DataError, ModelError, NonFiniteError
 from tunery.loop import run_job
 from tunery.models.load import resolve_name
 from tunery.schedule import factor
-
-
-def final_weights(output: Path) -> dict[str, torch.Tensor]:
-    name = "adapter_model.safetensors" if (output / "adapter_model.safetensors").exists() else "model.safetensors"
-    return load_file(output / name)
-
-
-def same(a: Path, b: Path) -> bool:
-    x, y = final_weights(a), final_weights(b)
-    return x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
 
 
 def logged(output: str | Path, key: str) -> list[float]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,34 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_runs import losses, tiny_job
+from processes import job_file, start, train, train_on_two_ranks
+from tiny_runs import losses, same
 from tunery.checkpoint import list_checkpoints
-from tunery.run_folder import write_config
 
 pytestmark = pytest.mark.slow
-
-
-def job_file(folder: Path, **changes) -> Path:
-    """A job written as a YAML file, as a user would have it."""
-    job = tiny_job(folder, **changes)
-    folder.joinpath("job").mkdir(exist_ok=True)
-    write_config(job, folder / "job")
-    return folder / "job" / "tunery.yaml"
-
-
-def start(*words: object, **options) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, **options,
-    )  # fmt: skip
-
-
-def train(path: Path, *overrides: str) -> str:
-    process = start("-m", "tunery", "train", path, *overrides)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
 
 
 def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
@@ -53,11 +28,6 @@ def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
             return
         time.sleep(0.005)
     raise AssertionError(f"step {step} never came: {process.communicate()[0]}")
-
-
-def weights_equal(a: Path, b: Path) -> bool:
-    x, y = (load_file(o / "adapter_model.safetensors") for o in (a, b))
-    return all(x[k].equal(y[k]) for k in x)
 
 
 LONG = {"train": {"epochs": 12, "save_every": 3, "log_every": 1, "batch_size": 8}, "eval": {"every": 1000}}
@@ -75,7 +45,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path):
         process.wait()
     train(path, f"output={output}")
     assert losses(output) == losses(tmp_path / "whole") and len(losses(output)) == 36
-    assert weights_equal(output, tmp_path / "whole")
+    assert same(output, tmp_path / "whole")
 
 
 def test_ctrl_c_saves_says_so_and_exits_130(tmp_path):
@@ -96,12 +66,8 @@ def test_two_ranks_take_the_same_steps_as_one(tmp_path):
     showing = {"generate": 5, "max_new_tokens": 6}
     path = job_file(tmp_path, train={"epochs": 2, "batch_size": 7, "micro_tokens": 60}, eval=showing)
     train(path, f"output={tmp_path / 'one'}")
-    process = start(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_400 + os.getpid() % 500,
-        "-m", "tunery", "train", path, f"output={tmp_path / 'two'}",
-    )  # fmt: skip
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
+    status, text = train_on_two_ranks(path, f"output={tmp_path / 'two'}")
+    assert status == 0, text
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-11)
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     for name in one:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from tunery.job import Job, load_job
 from tunery.models.load import resolve_name
@@ -63,6 +64,19 @@ def tiny_job(folder: Path, **changes: Any) -> Job:
         merged = isinstance(value, dict) and isinstance(values.get(key), dict) and "kind" not in value
         values[key] = {**values[key], **value} if merged else value
     return load_job(values)
+
+
+def final_weights(output: Path) -> dict[str, torch.Tensor]:
+    """What a run left behind, by name."""
+    name = "adapter_model.safetensors" if (output / "adapter_model.safetensors").exists() else "model.safetensors"
+    return load_file(output / name)
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two runs left the same weights, bit for bit."""
+    x, y = final_weights(a), final_weights(b)
+    assert x, f"no weights in {a}"
+    return x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
 
 
 def losses(output: str | Path) -> list[float]:

@@ -21,15 +21,19 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
     return gate.mul_(3).requires_grad_(), up.requires_grad_(), dy
 
 
+def assert_same(mine: Tensor, expected: Tensor, gate: Tensor, up: Tensor, dy: Tensor, tolerance: float) -> None:
+    """The values, and the gradients of gate and up."""
+    results = [[y, *torch.autograd.grad(y, (gate, up), dy)] for y in (mine, expected)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("activation", FUNCTIONS)
 @pytest.mark.parametrize("shape", [(7, 16), (2, 3, 33), (1, 1), (0, 8)])
 def test_value_and_gradients_equal_the_reference(activation, shape):
     gate, up, dy = inputs(*shape)
     mine, expected = FUNCTIONS[activation](gate, up), reference(gate, up, activation)
-    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
-    pairs = zip(*(torch.autograd.grad(y, (gate, up), dy) for y in (mine, expected)), strict=True)
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert_same(mine, expected, gate, up, dy, 1e-12)
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
@@ -48,10 +52,7 @@ def test_by_hand():
 def test_the_librarys_activations(activation, name):
     gate, up, dy = inputs(9, 24, dtype=torch.float32)
     mine, expected = FUNCTIONS[activation](gate, up), ACT2FN[name](gate) * up
-    torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
-    pairs = zip(*(torch.autograd.grad(y, (gate, up), dy) for y in (mine, expected)), strict=True)
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert_same(mine, expected, gate, up, dy, 1e-6)
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)

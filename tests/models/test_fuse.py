@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_models import random_sequences, tiny_model
+from tiny_models import SHAPE, random_sequences, tiny_model
 from tunery.data.collate import collate
 from tunery.kernels import KernelsConfig, one_word
 from tunery.models.fuse import fuse
+from tunery.models.load import hook_attention
 from tunery.policy import CausalPolicy
 
 REFERENCE = KernelsConfig(**one_word("reference"))
@@ -36,6 +37,25 @@ def outcome(model: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     loss = policy.nll(collate(random_sequences()))
     trained = [p for p in model.parameters() if p.requires_grad]
     return [loss, *torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)]
+
+
+def fused_and_not(config: Any) -> list[CausalPolicy]:
+    """The same random model of a configuration of the library's, with fast paths and without."""
+    import transformers
+
+    policies = []
+    for kernels in (KernelsConfig(), REFERENCE):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        assert hook_attention(model, reference=kernels.attention == "reference")
+        fuse(model, kernels, torch.float32)
+        policies.append(CausalPolicy(model))
+    return policies
+
+
+def assert_same_loss(policies: list[CausalPolicy]) -> None:
+    losses = [policy.nll(collate(random_sequences())) for policy in policies]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
@@ -185,9 +205,6 @@ def test_a_formula_that_a_few_tokens_cannot_show_is_left_to_the_library():
     """OLMo's clipping acts on large values, StarCoder 2's dropout in training, Ministral 3's scaling far along."""
     import transformers
 
-    from tiny_models import SHAPE
-    from tunery.models.load import hook_attention
-
     cases = {
         "OlmoConfig": {"clip_qkv": 8.0},
         "Starcoder2Config": {"residual_dropout": 0.5},
@@ -202,49 +219,27 @@ def test_a_formula_that_a_few_tokens_cannot_show_is_left_to_the_library():
 
 def test_a_model_that_takes_no_packed_stream_is_asked_one_sequence_at_a_time():
     """Qwen 3.5's linear attention refuses a packed stream; oracle: the same job without fast paths."""
-    import transformers
-
-    from tiny_models import SHAPE
-    from tunery.models.load import hook_attention
+    from transformers import Qwen3_5TextConfig
 
     options = {
         **SHAPE, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
         "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     }  # fmt: skip
-    losses = []
-    for kernels in (KernelsConfig(), REFERENCE):
-        torch.manual_seed(0)
-        config = transformers.Qwen3_5TextConfig(**options)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        hook_attention(model)
-        fuse(model, kernels, torch.float32)
-        policy = CausalPolicy(model)
-        assert not policy.packs
-        losses.append(policy.nll(collate(random_sequences())))
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    policies = fused_and_not(Qwen3_5TextConfig(**options))
+    assert not any(policy.packs for policy in policies)
+    assert_same_loss(policies)
 
 
 def test_keys_wider_than_values():
     """DeepSeek's latent attention."""
-    import transformers
-
-    from tiny_models import SHAPE
-    from tunery.models.load import hook_attention
+    from transformers import DeepseekV2Config
 
     options = {
         **SHAPE, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2, "n_routed_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
     }  # fmt: skip
-    losses = []
-    for kernels in (KernelsConfig(), REFERENCE):
-        torch.manual_seed(0)
-        config = transformers.DeepseekV2Config(**options)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        assert hook_attention(model, reference=kernels.attention == "reference")
-        fuse(model, kernels, torch.float32)
-        losses.append(CausalPolicy(model).nll(collate(random_sequences())))
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert_same_loss(fused_and_not(DeepseekV2Config(**options)))
 
 
 def test_a_copy_of_attention_that_is_trained_whole_keeps_its_own_layer_s_window():
