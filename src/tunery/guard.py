@@ -100,7 +100,8 @@ def _watch(model: nn.Module) -> Iterator[list[str]]:
     def hook(name: str) -> Callable[..., None]:
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor) and first.is_floating_point() and not first.isfinite().all():
+            # detached: what is recomputed in the backward would otherwise save another number of tensors than here
+            if isinstance(first, Tensor) and first.is_floating_point() and not first.detach().isfinite().all():
                 seen.append(name)
 
         return look

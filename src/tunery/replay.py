@@ -11,6 +11,8 @@ from tunery.config import build
 from tunery.engine import Engine
 from tunery.errors import TuneryError
 from tunery.job import load_job
+from tunery.policy import REFERENCE
+from tunery.reference import needs_reference, starting
 from tunery.run_folder import CONFIG
 from tunery.setup import load_start, make_policy
 
@@ -29,6 +31,8 @@ def replay(folder: Path) -> Iterator[str]:
     model, _ = load_start(job, build("adapters", job.adapter), folder, engine)
     policy = make_policy(job, model, engine.dtype)
     objective, step = build("objectives", job.objective), record["step"]
+    if needs_reference(objective) and any(REFERENCE not in batch.extra for batches in ranks for batch in batches):
+        policy.at_start = starting(job, engine, model, folder.parent, resumed=True)
     model.train()
     yield f"{folder}: step {step + 1}, {sum(map(len, ranks))} streams; then:"
     for found in record["findings"]:
