@@ -16,16 +16,6 @@ needs_compiler = pytest.mark.skipif(not compiled.available(), reason="needs Linu
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_build(tmp_path_factory: pytest.TempPathFactory):
-    """The kernels are built for this file, whatever a cache may hold."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNERY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        compiled.library.cache_clear()
-        compiled._function.cache_clear()
-        yield
-
-
 def noise(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
@@ -163,36 +153,41 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
     assert not list((tmp_path / "kernels").iterdir())
 
 
+@pytest.fixture
+def small_source(tmp_path, monkeypatch):
+    """Kernels that are compiled at once, for what is done with them whatever they are."""
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" { int silu_forward_b = 1; }\n')
+    monkeypatch.setattr(compiled, "SOURCES", (source,))
+    compiled.library.cache_clear()
+    yield
+    compiled.library.cache_clear()
+
+
 @needs_compiler
-def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written(small_source, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNERY_CACHE", str(tmp_path / "file"))
-    assert compiled.library.__wrapped__().silu_forward_b
+    assert compiled.library().silu_forward_b
 
 
-def test_a_broken_library_is_built_again_and_an_unloadable_one_is_an_error_of_ours(tmp_path, monkeypatch):
-    from tunery.errors import TuneryError
-    from tunery.kernels import compiled
-
+@needs_compiler
+def test_a_broken_library_is_built_again_and_an_unloadable_one_is_an_error_of_ours(small_source, monkeypatch, tmp_path):
     monkeypatch.setenv("TUNERY_CACHE", str(tmp_path / "one"))
+    compiled.library()
+    (built,) = (tmp_path / "one" / "kernels").glob("*.so")
+    broken = tmp_path / "other" / "kernels" / built.name
+    broken.parent.mkdir(parents=True)
+    broken.touch()
+    monkeypatch.setenv("TUNERY_CACHE", str(tmp_path / "other"))
     compiled.library.cache_clear()
-    try:
-        compiled.library()
-        (built,) = (tmp_path / "one" / "kernels").glob("*.so")
-        broken = tmp_path / "other" / "kernels" / built.name
-        broken.parent.mkdir(parents=True)
-        broken.touch()
-        monkeypatch.setenv("TUNERY_CACHE", str(tmp_path / "other"))
-        compiled.library.cache_clear()
-        compiled.library()
-        assert broken.stat().st_size > 0
+    compiled.library()
+    assert broken.stat().st_size > 0
 
-        nothing = tmp_path / "nothing"
-        nothing.write_text("#!/bin/sh\nexit 0\n")
-        nothing.chmod(0o755)
-        monkeypatch.setenv("CXX", str(nothing))
-        compiled.library.cache_clear()
-        with pytest.raises(TuneryError, match="cannot be built or loaded"):
-            compiled.library()
-    finally:
-        compiled.library.cache_clear()
+    nothing = tmp_path / "nothing"
+    nothing.write_text("#!/bin/sh\nexit 0\n")
+    nothing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(nothing))
+    compiled.library.cache_clear()
+    with pytest.raises(TuneryError, match="cannot be built or loaded"):
+        compiled.library()
