@@ -31,7 +31,8 @@ class Diagnosis:
 @dataclass(frozen=True, slots=True)
 class DataCounts:
     """What became of the training data. `read` rows in the files, `used` of them trained on, `refused` reason ->
-    rows, `truncated` rows cut to fit; `tokens` and `labelled` (trained) tokens of one epoch; `eval_rows`."""
+    rows, `truncated` rows cut to fit; `tokens` and `labelled` (trained) tokens of one epoch; `eval_rows`. `prompts`:
+    the rows are prompts, whose answers are generated and learned from by rewards."""
 
     read: int = 0
     used: int = 0
@@ -40,6 +41,7 @@ class DataCounts:
     tokens: int = 0
     labelled: int = 0
     eval_rows: int = 0
+    prompts: bool = False
 
 
 def diagnose(history: History, counts: DataCounts | None = None, *, total_steps: int | None = None) -> list[Diagnosis]:

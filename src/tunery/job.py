@@ -22,8 +22,8 @@ from tunery.data.dataset import DataConfig
 from tunery.errors import ConfigError
 from tunery.kernels import KernelsConfig, one_word
 from tunery.models.load import ModelConfig, ModelField
-from tunery.rollout.options import RolloutConfig
 from tunery.models.rungs import RUNGS, RungName
+from tunery.rollout.options import RolloutConfig
 from tunery.schedule import ScheduleConfig
 
 

@@ -61,6 +61,24 @@ def plot_eval_loss(history: History, path: Path) -> bool:
     return True
 
 
+def plot_reward(history: History, path: Path) -> bool:
+    """The mean reward of every rollout, smoothed, and of held-out prompts. False, and no file, where there is none."""
+    pairs = [(step.step, step.metrics["reward"]) for step in history.steps if "reward" in step.metrics]
+    curve = [(step, total / weight) for step, (total, weight) in pairs if weight]
+    if not curve:
+        return False
+    x, y = np.array(curve, dtype=np.float64).T
+    figure, axes = _figure("Reward", "reward")
+    axes.plot(x, y, color=BLUE, alpha=0.3, linewidth=0.8, label="each rollout")
+    axes.plot(x, smooth(y), color=BLUE, linewidth=2.2, label="smoothed")
+    points = [(e.step, e.metrics["reward"]) for e in history.evaluations if "reward" in e.metrics]
+    if points:
+        steps, rewards = zip(*points, strict=True)
+        axes.plot(steps, rewards, "o-", color=ORANGE, linewidth=1.2, markersize=5, label="held-out")
+    _finish(figure, axes, np.append(y, 0.0), path)  # with a zero, so that the scale is a plain one
+    return True
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
     """A Gaussian mean around each point (a fortieth of the curve wide), so that the line does not lag behind as a
     running average does; the ends average what there is. float64 [n] -> float64 [n]."""
@@ -86,10 +104,11 @@ def _curve(steps: Sequence[Step]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _finite_evaluations(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    return [evaluation for evaluation in evaluations if math.isfinite(evaluation.eval_loss)]
+    """Those of a loss; a reward has a picture of its own."""
+    return [e for e in evaluations if math.isfinite(e.eval_loss) and "reward" not in e.metrics]
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def _figure(title: str, what: str = "loss") -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,7 +117,7 @@ def _figure(title: str) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss")
+    axes.set_ylabel(what)
     axes.grid(True, color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

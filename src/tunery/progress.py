@@ -13,7 +13,7 @@ from rich.table import Column
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What is shown of one step. `speed` real tokens per second; `mfu` a share; `memory_bytes` as the device says;
-    `left` seconds; what is not known is None."""
+    `left` seconds; `reward` where rewards are learned from; what is not known is None."""
 
     step: int
     loss: float
@@ -22,9 +22,11 @@ class Reading:
     mfu: float | None
     memory_bytes: int | None
     left: float
+    reward: float | None = None
 
     def text(self) -> str:
-        parts = [f"loss {self.loss:.4f}", f"lr {self.lr:.2e}", f"{human(self.speed)} tokens/s"]
+        parts = [f"reward {self.reward:.4f}"] if self.reward is not None else []
+        parts += [f"loss {self.loss:.4f}", f"lr {self.lr:.2e}", f"{human(self.speed)} tokens/s"]
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.0%}")
         if self.memory_bytes is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tunery.diagnose import DataCounts, Diagnosis, diagnose
+from tunery.diagnose_rewards import diagnose_rewards
 from tunery.history import Evaluation, LineFile, Step, read_history, tokens_per_second, window_means
 from tunery.progress import Display, Reading, clock_text
 from tunery.results import Facts, Outcome
@@ -131,8 +132,11 @@ class Report:
         if logged:
             self.log(memory_bytes)
         speed = tokens_per_second(window)
-        mean = window_means(window)["loss"]
-        self.display.show(Reading(step, mean, lr, speed, self.mfu(speed), memory_bytes, self._left(step)), logged)
+        means = window_means(window)
+        reading = Reading(
+            step, means["loss"], lr, speed, self.mfu(speed), memory_bytes, self._left(step), means.get("reward")
+        )
+        self.display.show(reading, logged)
         if logged and step >= self._next_look:
             self._look()
 
@@ -166,8 +170,9 @@ class Report:
         self._track({f"train/{name}": value for name, value in numbers.items() if value is not None}, last.step)
 
     def evaluation(self, step: int, eval_loss: float, metrics: Mapping[str, float] | None = None) -> None:
-        """Record an evaluation after `step` (0: before training): the mean held-out loss over labelled tokens, and
-        further numbers. A second one at the same step takes the place of the first."""
+        """Record an evaluation after `step` (0: before training): the mean held-out loss over labelled tokens (of a run
+        that learns from rewards, the held-out reward with its sign turned), and further numbers. A second one at the
+        same step takes the place of the first."""
         metrics = dict(metrics or {})
         if self.history.evaluation_at(step) is not None:
             self.history.evaluations = [known for known in self.history.evaluations if known.step != step]
@@ -179,7 +184,8 @@ class Report:
         self._steps_file.add(asdict(record))
         self._log_file.add({**self._progress(step), "eval_loss": eval_loss, **metrics, "epoch": round(epoch, 4)})
         self._track({"eval/loss": eval_loss} | {f"eval/{name}": value for name, value in metrics.items()}, step)
-        self.display.say(f"step {step}/{self.total_steps}  evaluation loss {eval_loss:.4f}")
+        rewarded = f"held-out reward {metrics['reward']:.4f}" if "reward" in metrics else ""
+        self.display.say(f"step {step}/{self.total_steps}  {rewarded or f'evaluation loss {eval_loss:.4f}'}")
         self._look()
         self.mark()
 
@@ -270,7 +276,12 @@ class Report:
     def _look(self) -> None:
         """Diagnose, and say what is new."""
         self._next_look = self.history.last_step + max(1, self.total_steps // LOOKS)
-        self._diagnoses = diagnose(self.history, self.counts, total_steps=self.total_steps)
+        rewarded = self.counts is not None and self.counts.prompts
+        self._diagnoses = (
+            diagnose_rewards(self.history, self.counts)
+            if rewarded
+            else diagnose(self.history, self.counts, total_steps=self.total_steps)
+        )
         for diagnosis in self._diagnoses:
             if diagnosis.kind not in self._said:
                 self._said.add(diagnosis.kind)

@@ -70,7 +70,7 @@ def eval_results(facts: Facts) -> dict[str, Any]:
     return {
         "epoch": round(evaluation.epoch, 4),
         "eval_loss": evaluation.eval_loss,
-        "eval_perplexity": perplexity(evaluation.eval_loss),
+        **({"eval_perplexity": perplexity(evaluation.eval_loss)} if "reward" not in evaluation.metrics else {}),
         **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
     }
 

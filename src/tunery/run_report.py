@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tunery.diagnose import DataCounts, Diagnosis
 from tunery.files import write_json, write_text
-from tunery.plots import plot_eval_loss, plot_training_loss
+from tunery.plots import plot_eval_loss, plot_reward, plot_training_loss
 from tunery.progress import clock_text, human
 from tunery.results import Facts, Outcome, eval_results, outcome_results, perplexity, train_results, trainer_state
 
@@ -25,12 +25,15 @@ def write_run_folder(
     folder: Path, facts: Facts, train_metrics: Mapping[str, Any], eval_metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write train_results.json, eval_results.json, all_results.json, trainer_state.json, training_loss.png,
-    training_eval_loss.png and report.md; each whole or not at all. Gives back what all_results.json holds."""
+    training_eval_loss.png, reward.png where rewards are learned from, and report.md; each whole or not at all. Gives
+    back what all_results.json holds."""
     train = train_results(facts) | dict(train_metrics)
     evaluation = eval_results(facts) | dict(eval_metrics)
     everything = {**train, **evaluation, **outcome_results(facts.outcome)}
     write_json(folder / "train_results.json", train)
-    plots = {"training_loss.png": plot_training_loss, "training_eval_loss.png": plot_eval_loss}
+    plots = {
+        "training_loss.png": plot_training_loss, "training_eval_loss.png": plot_eval_loss, "reward.png": plot_reward,
+    }  # fmt: skip
     for name in ("eval_results.json", *plots):  # an earlier run's would tell of another model
         (folder / name).unlink(missing_ok=True)
     if evaluation:
@@ -74,7 +77,16 @@ def _summary(facts: Facts) -> str:
         edge = max(1, min(10, len(losses) // 10))
         start, end = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
         lines.append(f"- training loss {start:.4f} → {end:.4f}" + (f" (means of {edge} steps)" if edge > 1 else ""))
-    if history.evaluations:
+    rewards = [total / weight for total, weight in (s.metrics.get("reward", (0, 0)) for s in history.steps) if weight]
+    if rewards:
+        edge = max(1, min(10, len(rewards) // 10))
+        start, end = sum(rewards[:edge]) / edge, sum(rewards[-edge:]) / edge
+        lines.append(f"- reward {start:.4f} → {end:.4f}" + (f" (means of {edge} steps)" if edge > 1 else ""))
+    if history.evaluations and rewards:
+        first, last = (history.evaluations[i].metrics.get("reward", math.nan) for i in (0, -1))
+        lines.append(f"- held-out reward {first:.4f} (step {history.evaluations[0].step}) → {last:.4f} (step "
+                     f"{history.evaluations[-1].step})")  # fmt: skip
+    elif history.evaluations:
         first, last, best = history.evaluations[0], history.evaluations[-1], history.best
         lines.append(
             f"- held-out loss {first.eval_loss:.4f} (step {first.step}) → {last.eval_loss:.4f} (step {last.step})"
@@ -114,12 +126,14 @@ def _evaluations(facts: Facts) -> str:
     if not evaluations:
         return ""
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
+    losses = [] if "reward" in names else ["loss", "perplexity"]
     rows = []
     for evaluation in evaluations:
         loss, metrics = evaluation.eval_loss, evaluation.metrics
-        row = [evaluation.step, f"{evaluation.epoch:.2f}", f"{loss:.4f}", score(perplexity(loss))]
+        row = [evaluation.step, f"{evaluation.epoch:.2f}"]
+        row += [f"{loss:.4f}", score(perplexity(loss))] if losses else []
         rows.append(row + [score(metrics.get(name)) for name in names])
-    return "## Evaluations\n\n" + _table(["step", "epoch", "loss", "perplexity", *names], rows)
+    return "## Evaluations\n\n" + _table(["step", "epoch", *losses, *names], rows)
 
 
 def _data(counts: DataCounts | None) -> str:

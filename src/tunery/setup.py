@@ -414,4 +414,5 @@ def data_counts(run: Run) -> DataCounts:
         tokens=report.train.tokens,
         labelled=report.train.labelled,
         eval_rows=len(run.data.eval) if run.data.eval is not None else 0,
+        prompts=isinstance(run.loader, Rollouts),
     )

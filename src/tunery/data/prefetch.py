@@ -23,8 +23,8 @@ class Prefetcher:
 
     Nothing else changes: `step(n)` is what the loader gives for n, whatever was asked before, and what the loader
     raises for n is raised there. A loader that is `live`, because its steps depend on the weights, is asked when a step
-    is wanted, and nothing is begun ahead. Two steps exist at a time, the caller's and the one ahead. A context manager: leaving
-    it, by an error too, waits for the thread to end."""
+    is wanted, and nothing is begun ahead. Two steps exist at a time, the caller's and the one ahead. A context manager:
+    leaving it, by an error too, waits for the thread to end."""
 
     def __init__(self, loader: Steps, total: int, device: torch.device):
         self.loader, self.total = loader, total

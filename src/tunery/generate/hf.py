@@ -72,18 +72,26 @@ def choose(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None, unifor
         logits_BV = torch.where(seen_BV, penalised, logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
+    if not sampling.top_k and sampling.top_p == 1:  # nothing is left out, so nothing has to be in order
+        return _drawn((logits_BV / sampling.temperature).double().softmax(-1), uniforms_B)
     logits_BV, order_BV = torch.sort(logits_BV / sampling.temperature, dim=-1, descending=True, stable=True)
     if sampling.top_k:
         logits_BV, order_BV = logits_BV[:, : sampling.top_k], order_BV[:, : sampling.top_k]
     probs_BV = logits_BV.double().softmax(-1)
     before_BV = probs_BV.cumsum(-1) - probs_BV
     probs_BV = probs_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
+    return order_BV.gather(-1, _drawn(probs_BV, uniforms_B)[:, None])[:, 0]
+
+
+def _drawn(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Places drawn by their probabilities (which need not sum to 1), int64 [B]."""
     cumulative_BV = probs_BV.cumsum(-1)
     target_B1 = uniforms_B.to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
-    place_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp(max=probs_BV.shape[-1] - 1)
-    # Rounding may put the number at the very end, past the last token that is allowed.
-    last_B1 = (probs_BV > 0).sum(-1, keepdim=True) - 1
-    return order_BV.gather(-1, torch.minimum(place_B1, last_B1))[:, 0]
+    place_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+    # Rounding may put the number at the very end, past the last place that has a probability.
+    places_V = torch.arange(probs_BV.shape[-1], device=probs_BV.device)
+    last_B1 = torch.where(probs_BV > 0, places_V, 0).amax(-1, keepdim=True)
+    return torch.minimum(place_B1, last_B1)[:, 0]
 
 
 def logps_of(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:

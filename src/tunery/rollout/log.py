@@ -18,7 +18,7 @@ WIDTH = 300  # characters of it
 
 class RolloutLog:
     """Writes `shown` answers of each rollout to the run folder `output`; what was written after step `start` is cut
-    away first (resuming). `say`, once it is there, is called with a text for the console LOOKS times in `total` steps."""
+    away first (resuming). `say`, once there, is called with a text for the console LOOKS times in `total` steps."""
 
     def __init__(self, output: Path, shown: int, start: int, total: int):
         self.output, self.shown, self.start = output, shown, start
