@@ -260,9 +260,11 @@ def test_a_step_is_the_same_however_it_is_cut(options):
         found.append(gradient(objective, policy, [b for one in how for b in cut(pairs, [0, 1, 2], one)]))
     found.append(gradient(objective, policy, [collate([t for p in pairs for t in p], [0, 0, 1, 1, 2, 2], share=True)]))
     assert found[0][0] != pytest.approx(math.log(2) * 3, rel=1e-4)
-    for loss, grads in found[1:]:
+    for number, (loss, grads) in enumerate(found[1:]):
         assert loss == pytest.approx(found[0][0], rel=1e-10)
-        torch.testing.assert_close(grads, found[0][1], rtol=1e-8, atol=1e-10)
+        near = 1e-7 if number == 3 else 1e-13  # the library's norm is float32: gradients meet there that did not
+        for mine, expected in zip(grads, found[0][1], strict=True):
+            assert (mine - expected).abs().max() <= near * expected.abs().max()
 
 
 def gradient(objective, policy, batches):
