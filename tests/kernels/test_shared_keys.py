@@ -3,11 +3,14 @@ sequence is."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunery.kernels import compiled
 from tunery.kernels.segment_attention import reference, segment_attention
 from tunery.kernels.shared_keys import shared_keys
 
@@ -80,6 +83,35 @@ def streams(draw):
 def test_any_stream_equals_the_definition(stream, window, shape):
     for function in (reference, segment_attention):
         check(function, *stream, window, *shape)
+
+
+@pytest.mark.skipif(not compiled.ready(), reason="needs Linux and a C++ compiler")
+@settings(max_examples=40, deadline=None)
+@given(
+    answers=st.lists(st.integers(1, 150), min_size=1, max_size=4), prompt=st.integers(1, 200), after=st.integers(1, 80),
+    window=st.none() | st.integers(2, 200), shape=st.sampled_from([(4, 2, 16), (2, 2, 48), (6, 1, 64)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_the_compiled_form_equals_float64(answers, prompt, after, window, shape, dtype):
+    """Queries that begin anywhere within a tile of keys."""
+    heads, kv, dim = shape
+    lengths, continues = [prompt, *answers, after], [-1, *[0] * len(answers), -1]
+    make = torch.Generator().manual_seed(prompt)
+    inputs = [torch.randn(sum(lengths), h, dim, generator=make).to(dtype).transpose(0, 1) for h in (heads, kv, kv)]
+    if not compiled.takes_attention(*inputs):
+        pytest.skip("a processor that does not multiply bfloat16")
+    results = []
+    for wide in (False, True):
+        leaves = [(x.double() if wide else x).detach().requires_grad_() for x in inputs]
+        function = reference if wide else partial(segment_attention, compiled=True)
+        out = attend(function, *leaves, lengths, continues, 0.2, window)
+        upstream = torch.linspace(-9, 9, out.numel()).sin().view_as(out).to(dtype).to(out.dtype)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
+    for ours, exact in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        # short sequences have small gradients of queries and keys: what is left is the rounding of what cancels
+        error = float((ours.double() - exact).norm() / max(exact.norm(), results[1][0].norm()))
+        assert error <= {torch.float32: 3e-6, torch.bfloat16: 1e-2}[dtype]
 
 
 def test_only_what_does_not_stand_behind_its_beginning_is_copied():

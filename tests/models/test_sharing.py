@@ -125,8 +125,8 @@ def test_families_that_can_are_found(family, dtype):
 
 
 def test_models_that_cannot_are_found():
-    """The library's own attention knows nothing of what a piece continues; Bloom's counts positions by itself; Mamba
-    hands on a state."""
+    """The library's own attention knows nothing of what a piece continues, Bloom's counts positions by itself, and
+    noise that depends on a sequence's length is not that of its pieces."""
     assert not CausalPolicy(tiny_model("llama", hook=False).eval(), dtype=torch.float64).shares
     assert not CausalPolicy(tiny_model("bloom").eval(), dtype=torch.float64).shares
     assert not CausalPolicy(tiny_model("llama").eval(), dtype=torch.float64, neftune=5.0).shares
@@ -139,7 +139,8 @@ def test_a_model_that_looks_back_in_other_ways_is_found():
 
     def mix(_, args, kwargs):
         embeds = model.get_input_embeddings()(kwargs.pop("input_ids"))
-        positions = kwargs.get("position_ids", torch.arange(embeds.shape[1])[None])
+        positions = kwargs.get("position_ids")
+        positions = torch.arange(embeds.shape[1])[None] if positions is None else positions
         before = embeds.roll(1, dims=1).masked_fill((positions == 0)[..., None], 0.0)
         return args, {**kwargs, "inputs_embeds": embeds + before}
 

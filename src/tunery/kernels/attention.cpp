@@ -145,16 +145,22 @@ void as_pairs(const X* x, int64_t stride, int64_t rows, int64_t depth, Unit* out
 
 // What all of the functions below are told. Strides are of heads and of tokens, in numbers.
 struct Shape {
-    const int64_t* bounds;  // of the sequences, [segments + 1]
+    // Of the sequences, [segments + 1]; those of the keys where the queries of a sequence are its last ones only.
+    const int64_t *bounds, *key_bounds;
     int64_t segments, heads, kv, dim, width, window;
     int64_t group() const { return heads / kv; }
     int64_t tokens() const { return bounds[segments]; }
+    int64_t keys() const { return key_bounds[segments]; }
+    // From the number of a query to that of the key of the same token.
+    int64_t key_of(int64_t segment, int64_t query) const {
+        return query + key_bounds[segment + 1] - bounds[segment + 1];
+    }
     // Where a sequence's paired rows begin, whatever PAIR is.
-    int64_t paired(int64_t segment, int64_t pair) const { return (bounds[segment] + segment * (pair - 1)) / pair; }
-    int64_t paired_rows(int64_t pair) const { return tokens() / pair + segments + 1; }
-    // The first tile of keys that the queries from `first` on may see.
-    int64_t first_tile(int64_t start, int64_t first) const {
-        return window && first + 1 - window > start ? start + (first + 1 - window - start) / TILE * TILE : start;
+    int64_t paired(int64_t segment, int64_t pair) const { return (key_bounds[segment] + segment * (pair - 1)) / pair; }
+    int64_t paired_rows(int64_t pair) const { return keys() / pair + segments + 1; }
+    // The first tile of keys that the queries from the one at key `place` on may see.
+    int64_t first_tile(int64_t start, int64_t place) const {
+        return window && place + 1 - window > start ? start + (place + 1 - window - start) / TILE * TILE : start;
     }
 };
 
@@ -192,14 +198,14 @@ inline void scores(const X* a, int64_t stride, const Unit* b, float* c, int64_t 
 
 template <class X>
 void attention_forward(
-    const X* q, const X* k, const X* v, X* out, float* lse, const int64_t* bounds, int64_t segments, int64_t heads,
-    int64_t kv, int64_t dim, int64_t width, int64_t q_head, int64_t q_token, int64_t k_head, int64_t k_token,
-    int64_t v_head, int64_t v_token, int64_t window, float scale, int64_t threads
+    const X* q, const X* k, const X* v, X* out, float* lse, const int64_t* bounds, const int64_t* key_bounds,
+    int64_t segments, int64_t heads, int64_t kv, int64_t dim, int64_t width, int64_t q_head, int64_t q_token,
+    int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token, int64_t window, float scale, int64_t threads
 ) {
     typedef Product<X> By;
     typedef typename By::Unit Unit;
     constexpr int64_t P = By::PAIR;
-    const Shape shape = {bounds, segments, heads, kv, dim, width, window};
+    const Shape shape = {bounds, key_bounds, segments, heads, kv, dim, width, window};
     const Tensor<X> query = {q, q_head, q_token}, key = {k, k_head, k_token}, value = {v, v_head, v_token};
     const int64_t tokens = shape.tokens(), paired_rows = shape.paired_rows(P);
     Buffer<Unit> values(kv * paired_rows * width);
@@ -218,13 +224,14 @@ void attention_forward(
         for (int64_t g = 0; g < kv; g++)
             for (int64_t s = 0; s < segments; s++)
                 as_pairs(
-                    value.at(g, bounds[s]), v_token, bounds[s + 1] - bounds[s], width,
+                    value.at(g, key_bounds[s]), v_token, key_bounds[s + 1] - key_bounds[s], width,
                     values.data + (g * paired_rows + shape.paired(s, P)) * width
                 );
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < int64_t(tasks.size()) * heads; t++) {
             const Task task = tasks[t / heads];
-            const int64_t h = t % heads, g = h / shape.group(), first = task.first, start = bounds[task.segment];
+            const int64_t h = t % heads, g = h / shape.group(), first = task.first, start = key_bounds[task.segment];
+            const int64_t place = shape.key_of(task.segment, first);
             const int64_t rows = std::min(TILE, bounds[task.segment + 1] - first);
             const Unit* paired = values.data + (g * paired_rows + shape.paired(task.segment, P)) * width;
             as_columns(query.at(h, first), q_token, rows, dim, columns.data);
@@ -232,17 +239,16 @@ void attention_forward(
             std::fill_n(most, TILE, -1e30f);
             std::fill_n(total, TILE, 0.0f);
             bool begun = false;
-            for (int64_t from = shape.first_tile(start, first); from <= first; from += TILE, begun = true) {
-                const bool diagonal = from == first;
-                const int64_t keys = std::min(TILE, first + rows - from);
-                scores(key.at(g, from), k_token, columns.data, tile.data, keys, dim, diagonal);
+            for (int64_t from = shape.first_tile(start, place); from < place + rows; from += TILE, begun = true) {
+                const int64_t keys = std::min(TILE, place + rows - from);
+                scores(key.at(g, from), k_token, columns.data, tile.data, keys, dim, from == place);
                 for (int64_t m = 0; m < TILE; m += LANES) {
                     const Vector before = load(most + m);
                     Vector now = before, sum = Vector{};
                     for (int64_t n = 0; n < keys; n++) {
                         Vector x = load(tile.data + n * TILE + m) * scale;
-                        if (!all_visible(from + n, first, window))
-                            x = visible(from + n, first + m, window) ? x : Vector{} - std::numeric_limits<float>::infinity();
+                        if (!all_visible(from + n, place, window))
+                            x = visible(from + n, place + m, window) ? x : Vector{} - std::numeric_limits<float>::infinity();
                         store(tile.data + n * TILE + m, x);
                         now = larger(x, now);
                     }
@@ -251,8 +257,8 @@ void attention_forward(
                         for (int64_t i = 0; i < P && n + i < keys; i++) {
                             const Vector x = load(tile.data + (n + i) * TILE + m);
                             Vector p = exponentials(x - now);
-                            if (!all_visible(from + n + i, first, window))
-                                p = visible(from + n + i, first + m, window) ? p : Vector{};
+                            if (!all_visible(from + n + i, place, window))
+                                p = visible(from + n + i, place + m, window) ? p : Vector{};
                             pair[i] = p;
                             sum += p;
                         }
@@ -281,28 +287,28 @@ void attention_forward(
     }
 }
 
-// dk and dv [splits, tokens, kv, ...] are zeros to be added to: one for each query head of a group, or one for all.
+// dk and dv [splits, keys, kv, ...] are zeros to be added to: one for each query head of a group, or one for all.
 template <class X>
 void attention_backward(
     const X* q, const X* k, const X* v, const X* out, const X* dout, const float* lse, X* dq, float* dk, float* dv,
-    const int64_t* bounds, int64_t segments, int64_t heads, int64_t kv, int64_t dim, int64_t width, int64_t q_head,
-    int64_t q_token, int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token, int64_t dq_head,
-    int64_t dq_token, int64_t splits, int64_t window, float scale, int64_t threads
+    const int64_t* bounds, const int64_t* key_bounds, int64_t segments, int64_t heads, int64_t kv, int64_t dim,
+    int64_t width, int64_t q_head, int64_t q_token, int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token,
+    int64_t dq_head, int64_t dq_token, int64_t splits, int64_t window, float scale, int64_t threads
 ) {
     typedef Product<X> By;
     typedef typename By::Unit Unit;
     constexpr int64_t P = By::PAIR;
-    const Shape shape = {bounds, segments, heads, kv, dim, width, window};
+    const Shape shape = {bounds, key_bounds, segments, heads, kv, dim, width, window};
     const Tensor<X> query = {q, q_head, q_token}, key = {k, k_head, k_token}, value = {v, v_head, v_token};
     const Tensor<X> output = {out, width, heads * width}, upstream = {dout, width, heads * width};
     const int64_t tokens = shape.tokens(), each = shape.group() / splits;
     std::vector<int64_t> order(segments);  // the longest first: the threads end together
     for (int64_t s = 0; s < segments; s++) order[s] = s;
     std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-        const int64_t x = bounds[a + 1] - bounds[a], y = bounds[b + 1] - bounds[b];
+        const int64_t x = key_bounds[a + 1] - key_bounds[a], y = key_bounds[b + 1] - key_bounds[b];
         return x != y ? x > y : a < b;
     });
-    const int64_t longest = segments ? bounds[order[0] + 1] - bounds[order[0]] : 0;
+    const int64_t longest = segments ? key_bounds[order[0] + 1] - key_bounds[order[0]] : 0;
 
 #pragma omp parallel num_threads(team(tokens * heads * dim, threads))
     {
@@ -313,12 +319,13 @@ void attention_backward(
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < segments * kv * splits; t++) {
             const int64_t s = order[t / (kv * splits)], g = t / splits % kv, split = t % splits;
-            const int64_t start = bounds[s], end = bounds[s + 1];
-            as_pairs(key.at(g, start), k_token, end - start, dim, keys_paired.data);
+            const int64_t start = key_bounds[s], end = bounds[s + 1];
+            as_pairs(key.at(g, start), k_token, key_bounds[s + 1] - start, dim, keys_paired.data);
             for (int64_t part = 0; part < each; part++) {
                 const int64_t h = g * shape.group() + split * each + part;
-                for (int64_t first = start; first < end; first += TILE) {
+                for (int64_t first = bounds[s]; first < end; first += TILE) {
                     const int64_t rows = std::min(TILE, end - first), pairs = (rows + P - 1) / P;
+                    const int64_t place = shape.key_of(s, first);
                     as_columns(query.at(h, first), q_token, rows, dim, q_columns.data);
                     as_columns(upstream.at(h, first), upstream.token, rows, width, d_columns.data);
                     as_pairs(query.at(h, first), q_token, rows, dim, q_pairs.data);
@@ -333,10 +340,11 @@ void attention_backward(
                         logs[m] = lse[h * tokens + first + m];
                     }
                     bool begun = false;
-                    for (int64_t from = shape.first_tile(start, first); from <= first; from += TILE, begun = true) {
-                        const int64_t keys = std::min(TILE, first + rows - from);
-                        scores(key.at(g, from), k_token, q_columns.data, tile.data, keys, dim, from == first);
-                        scores(value.at(g, from), v_token, d_columns.data, dtile.data, keys, width, from == first);
+                    const int64_t seen = place + rows;
+                    for (int64_t from = shape.first_tile(start, place); from < seen; from += TILE, begun = true) {
+                        const int64_t keys = std::min(TILE, seen - from);
+                        scores(key.at(g, from), k_token, q_columns.data, tile.data, keys, dim, from == place);
+                        scores(value.at(g, from), v_token, d_columns.data, dtile.data, keys, width, from == place);
                         for (int64_t m = 0; m < TILE; m += LANES) {
                             const Vector log = load(logs + m), mean = load(inner + m);
                             for (int64_t n = 0; n < keys; n += P) {
@@ -345,10 +353,10 @@ void attention_backward(
                                     const int64_t at = (n + i) * TILE + m;
                                     Vector p = exponentials(load(tile.data + at) * scale - log);
                                     Vector d = p * (load(dtile.data + at) - mean) * scale;
-                                    if (!all_visible(from + n + i, first, window)) {
-                                        const Integers seen = visible(from + n + i, first + m, window);
-                                        p = seen ? p : Vector{};
-                                        d = seen ? d : Vector{};
+                                    if (!all_visible(from + n + i, place, window)) {
+                                        const Integers sees = visible(from + n + i, place + m, window);
+                                        p = sees ? p : Vector{};
+                                        d = sees ? d : Vector{};
                                     }
                                     By::put_row(probs.data + at, p);
                                     By::put_row(dscores.data + at, d);
@@ -357,7 +365,7 @@ void attention_backward(
                                 By::put_pair(dscores_paired.data + n / P * TILE + m, pair[0], pair[1]);
                             }
                         }
-                        const int64_t to = (split * tokens + from) * kv + g;
+                        const int64_t to = (split * shape.keys() + from) * kv + g;
                         product<X>(
                             {(const Unit*)probs.data, TILE / P, 1}, d_pairs.data, width, dv + to * width, kv * width,
                             keys, width, pairs, true

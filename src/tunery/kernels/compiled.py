@@ -47,8 +47,8 @@ _ARGUMENTS = {
     "gelu_tanh_forward": "pppiiii",
     "gelu_tanh_backward": "pppppiiiii",
     "cross_entropy": "ppppiifii",
-    "attention_forward": "ppppppiiiiiiiiiiiifi",
-    "attention_backward": "ppppppppppiiiiiiiiiiiiiiifi",
+    "attention_forward": "pppppppiiiiiiiiiiiifi",
+    "attention_backward": "pppppppppppiiiiiiiiiiiiiiifi",
 }
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
@@ -188,17 +188,23 @@ def takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    key_bounds: Tensor,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """(softmax(scale * q k^T) v [T, heads, Dv], the logarithms of the softmax's sums [heads, T] float32). `bounds` of
-    the sequences, int64 [R + 1]."""
+    the sequences, int64 [R + 1], and those of their keys, of which the queries are the last."""
     (heads, tokens, dim), (kv, _, width) = query.shape, value.shape
     out = torch.empty(tokens, heads, width, dtype=query.dtype)
     lse = torch.empty(heads, tokens)
     sizes = (len(bounds) - 1, heads, kv, dim, width)
     _call(
-        "attention_forward", (query,), query, key, value, out, lse, bounds, *sizes, *_strides(query, key, value),
-        window or 0, scale,
+        "attention_forward", (query,), query, key, value, out, lse, bounds, key_bounds, *sizes,
+        *_strides(query, key, value), window or 0, scale,
     )  # fmt: skip
     return out, lse
 
@@ -211,6 +217,7 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     bounds: Tensor,
+    key_bounds: Tensor,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,12 +227,12 @@ def attention_backward(
     # Sums over the queries of a group are made one after the other where that leaves work for every thread.
     splits = 1 if segments * kv >= 2 * torch.get_num_threads() else heads // kv
     dquery = torch.empty(tokens, heads, dim, dtype=query.dtype).transpose(0, 1)
-    dkey, dvalue = (torch.zeros(splits, tokens, kv, n) for n in (dim, width))
+    dkey, dvalue = (torch.zeros(splits, key.shape[1], kv, n) for n in (dim, width))
     strides = (*_strides(query, key, value, dquery), splits, window or 0)
     sizes = (segments, heads, kv, dim, width)
     _call(
         "attention_backward", (query,), query, key, value, out, dout.contiguous(), lse, dquery, dkey, dvalue, bounds,
-        *sizes, *strides, scale,
+        key_bounds, *sizes, *strides, scale,
     )  # fmt: skip
     dkey, dvalue = (x[0] if splits == 1 else x.sum(0) for x in (dkey, dvalue))
     return dquery, dkey.to(key.dtype).transpose(0, 1), dvalue.to(value.dtype).transpose(0, 1)

@@ -47,8 +47,10 @@ def segment_attention(
     if compiled and runs_compiled(query, key, value):
         from tunery.kernels import compiled as kernels
 
-        if key_lengths is None and kernels.takes_attention(query, key, value):
-            return _Tiled.apply(query, key, value, tuple(lengths), scale, window)
+        if kernels.takes_attention(query, key, value):
+            bounds = torch.tensor([0, *accumulate(lengths)])
+            key_bounds = bounds if key_lengths is None else torch.tensor([0, *accumulate(key_lengths)])
+            return _Tiled.apply(query, key, value, bounds, key_bounds, scale, window)
     blocks = _blocks(lengths, BLOCK.get(query.dtype, 64), window, key_lengths)
     return _SegmentAttention.apply(query, key, value, blocks, scale, window)
 
@@ -182,13 +184,13 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
-    ) -> Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, key_bounds: Tensor, scale: float,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
         from tunery.kernels import compiled
 
-        bounds = torch.tensor([0, *accumulate(lengths)])
-        out_THD, lse = compiled.attention_forward(query, key, value, bounds, scale, window)
-        ctx.save_for_backward(query, key, value, out_THD, lse, bounds)
+        out_THD, lse = compiled.attention_forward(query, key, value, bounds, key_bounds, scale, window)
+        ctx.save_for_backward(query, key, value, out_THD, lse, bounds, key_bounds)
         ctx.scale, ctx.window = scale, window
         return out_THD
 
@@ -198,4 +200,4 @@ class _Tiled(torch.autograd.Function):
         from tunery.kernels import compiled
 
         grads = compiled.attention_backward(grad_outputs[0], *ctx.saved_tensors, ctx.scale, ctx.window)
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
