@@ -8,6 +8,7 @@ CHECK = {"error": 0.00123, "largest": 0.1, "argmax": 0.995, "tolerance": 0.05}
 MERGED = {
     "out": "merged",
     "kind": "merged",
+    "scores": False,
     "dtype": "bfloat16",
     "parameters": 1234567,
     "bytes": 2_500_000,
@@ -35,8 +36,15 @@ def test_an_adapter_that_does_nothing():
 
 
 def test_the_other_kinds():
-    adapter = {"out": "a", "kind": "adapter", "dtype": None, "parameters": 12, "bytes": 900, "written": CHECK}
+    adapter = {"out": "a", "kind": "adapter", "scores": False, "dtype": None, "parameters": 12, "bytes": 900,
+               "written": CHECK}  # fmt: skip
     assert summary(adapter)[0] == "Wrote the adapter to a (12 parameters, 900 bytes), and read it back."
     model = {**adapter, "kind": "model", "dtype": "float16", "bytes": 15_100_000_000}
     first, second = summary(model)
     assert "(12 parameters in float16, 15.1 GB)" in first and "the model it was made from" in second
+
+
+def test_a_reward_model_has_values_and_no_likeliest_tokens():
+    said = summary({**MERGED, "scores": True})
+    assert said[1] == "  values compared with the adapter on its base: relative error 0.0012 (allowed 0.05)"
+    assert said[3] == "  the adapter moves its base's values by 0.42 (relative)"

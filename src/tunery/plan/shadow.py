@@ -35,14 +35,28 @@ from tunery.types import Batch
 
 @dataclass(frozen=True)
 class Stream:
-    """What a micro-batch is made of: the lengths of its sequences and how many of its tokens are trained on."""
+    """What a micro-batch is made of: the lengths of its pieces, how many of its tokens are trained on, and what each
+    piece goes on from (as in Batch; empty: all are whole sequences)."""
 
     lengths: tuple[int, ...]
     labelled: int
+    continues: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths) - len({*self.continues} - {-1})
+
+    @property
+    def apart(self) -> Stream:
+        """As many tokens in as many sequences, none of which goes on from another."""
+        if not self.continues:
+            return self
+        each, more = divmod(self.tokens, self.sequences)
+        return Stream(tuple(each + (i < more) for i in range(self.sequences)), self.labelled)
 
 
 @dataclass(frozen=True)
@@ -172,7 +186,7 @@ def trace(
             try:
                 loss = objective.loss(policy, batch)
             except ValueError:  # what a model says that cannot keep packed sequences apart: then it gets them alone
-                policy.packs, batch = False, _fake_batch(Stream((stream.tokens,), stream.labelled))
+                policy.packs, batch = False, _fake_batch(stream.apart)
                 ledger.enter_span("embed")
                 loss = objective.loss(policy, batch)
             loss.sum.backward()
@@ -280,7 +294,8 @@ def _fake_batch(stream: Stream) -> Batch:
         ids_T=whole, targets_T=whole, weights_T=torch.zeros(tokens), positions_T=whole,
         cu_seqlens=torch.zeros(len(stream.lengths) + 1, dtype=torch.int32), max_seqlen=max(stream.lengths),
         labelled_N=torch.zeros(stream.labelled, dtype=torch.int64),
-        labelled_S=torch.zeros(len(stream.lengths), dtype=torch.int64), lengths=list(stream.lengths),
+        labelled_S=torch.zeros(stream.sequences, dtype=torch.int64),
+        lengths=list(stream.lengths), continues=list(stream.continues),
     )  # fmt: skip
 
 

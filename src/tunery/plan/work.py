@@ -40,7 +40,7 @@ class Work:
     """The steps of a run with one cut, as if its model could share prompts. `steps` and `steps_per_epoch` None where
     the rows are not known; `tokens` of a mean step over all ranks; `streams` the token counts of this rank's streams in
     each step looked at; `largest` the longest stream of them; `labelled` the share of tokens trained on; `mean_length`
-    of a sequence, averaged over tokens."""
+    of a sequence, averaged over tokens; `per_example` how many sequences each has, 1 where not all have as many."""
 
     steps: int | None
     steps_per_epoch: int | None
@@ -49,6 +49,7 @@ class Work:
     largest: Stream
     labelled: float
     mean_length: float
+    per_example: int = 1
 
     @property
     def accumulates(self) -> bool:
@@ -56,10 +57,14 @@ class Work:
         return any(len(step) > 1 for step in self.streams)
 
     def typical(self, tokens: int) -> Stream:
-        """A stream of so many tokens, of sequences of the mean length."""
+        """A stream of so many tokens, of whole examples with sequences of the mean length."""
         length = max(1, min(tokens, round(self.mean_length)))
-        count, rest = divmod(tokens, length)
-        lengths = [length] * count + ([rest] if rest else [])
+        if self.per_example > 1:
+            count = self.per_example * max(1, round(tokens / (length * self.per_example)))
+            lengths = [tokens // count + (i < tokens % count) for i in range(count)]
+        else:
+            count, rest = divmod(tokens, length)
+            lengths = [length] * count + ([rest] if rest else [])
         return Stream(tuple(lengths), max(1, round(self.labelled * tokens)))
 
 
@@ -85,21 +90,34 @@ def work_of(job: Job, rows: Rows, micro_tokens: int, world: int = 1) -> Work:
             largest = max(largest, (tuple(stream), size), key=lambda found: found[1])
     return Work(
         total, order.steps_per_epoch if known else None, tokens / len(looked_at), cuts, _stream(rows, largest[0], how),
-        float(rows.labelled.sum() / taken.sum()), _mean_length(rows),
+        float(rows.labelled.sum() / taken.sum()), _mean_length(rows), _per_example(rows),
     )  # fmt: skip
 
 
 def _stream(rows: Rows, numbers: Sequence[int], how: Cut) -> Stream:
-    lengths = [length for i in numbers for length in _pieces(rows, i, how)]
-    return Stream(tuple(lengths), max(1, int(sum(rows.labelled[i] for i in numbers))))
+    lengths: list[int] = []
+    continues: list[int] = []
+    for i in numbers:
+        shared, pieces = _pieces(rows, i, how)
+        continues += [-1, *[len(lengths)] * len(pieces)] if shared else [-1] * len(pieces)
+        lengths += [shared, *pieces] if shared else pieces
+    chain = tuple(continues) if any(before >= 0 for before in continues) else ()
+    return Stream(tuple(lengths), max(1, int(sum(rows.labelled[i] for i in numbers))), chain)
 
 
-def _pieces(rows: Rows, number: int, how: Cut) -> list[int]:
-    """The lengths of an example's pieces (data/collate.py)."""
+def _pieces(rows: Rows, number: int, how: Cut) -> tuple[int, list[int]]:
+    """The lengths of an example's pieces (data/collate.py): of what its sequences share (0: nothing), of each's own."""
     lengths = rows.sequence_lengths(number)
     saved = int(rows.lengths[number] - rows.lengths_when_shared[number]) if how.share else 0
     shared = saved // max(1, len(lengths) - 1)
-    return [*([shared] if shared else []), *(int(length) - shared for length in lengths)]
+    return shared, [int(length) - shared for length in lengths]
+
+
+def _per_example(rows: Rows) -> int:
+    if isinstance(rows, AssumedRows):
+        return 1
+    counts = np.unique(np.diff(rows.example_offsets))
+    return int(counts[0]) if len(counts) == 1 else 1
 
 
 def _mean_length(rows: Rows, sampled: int = 2000) -> float:
