@@ -70,3 +70,22 @@ def test_the_message_says_step_rows_and_what_to_do(tmp_path):
     assert "step 5" in text and "rows.jsonl:1" in text and "2 more" in text and "tunery replay" in text
     overflow = guard.explain(5, [guard.Finding(0, 1.0, None, "", [0])], {}, tmp_path)
     assert "every stream is finite alone" in overflow
+
+
+@pytest.mark.parametrize(("numbers", "threads"), [(100, 1), (1 << 17, 2)])
+def test_small_tensors_are_updated_by_one_thread(numbers, threads):
+    """And the others are there again afterwards."""
+    seen = []
+
+    class Optimizer(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        optimizer = Optimizer([torch.zeros(numbers, requires_grad=True)], lr=1.0)
+        guard.Gate(optimizer, torch.device("cpu")).step(torch.zeros(()))
+        assert seen == [threads] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

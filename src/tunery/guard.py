@@ -16,6 +16,8 @@ from tunery.errors import TuneryError
 from tunery.types import Batch, Objective, Policy
 
 RECORD, BATCHES = "failure.json", "batches.pt"
+# Numbers in a tensor, on average, from which a CPU updates it with all of its threads: LOG.md, 2026-11-20.
+SMALL = 1 << 16
 
 
 class Gate:
@@ -47,9 +49,28 @@ class Gate:
         self.shut = torch.maximum(self.shut, (bad != 0).to(self.shut.dtype))
         if self.on_device:
             self.optimizer.found_inf = self.shut
+        elif self.shut.item():
+            return
+        with _one_thread(self.shut.device.type == "cpu" and self._small()):
             self.optimizer.step()
-        elif not self.shut.item():
-            self.optimizer.step()
+
+    def _small(self) -> bool:
+        """Whether the tensors that move are so small that to wake the other threads for each takes longer."""
+        sizes = [parameter.numel() for group in self.optimizer.param_groups for parameter in group["params"]]
+        return sum(sizes) < SMALL * len(sizes)
+
+
+@contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if not wanted or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -115,15 +136,21 @@ def _watch(model: nn.Module) -> Iterator[list[str]]:
 
 
 def keep_failure(
-    folder: Path, step: int, ranks: Sequence[tuple[list[Finding], list[dict[str, Any]]]], origins: dict[int, str]
+    folder: Path,
+    step: int,
+    ranks: Sequence[tuple[list[Finding], list[dict[str, Any]]]],
+    origins: dict[int, str],
+    objective: dict[str, Any] | None = None,
 ) -> None:
-    """Write what `replay` needs: each rank's streams as they were (`as_dict`), and what was found. The weights are
-    saved beside them by the caller, as in a checkpoint."""
+    """Write what `replay` needs: each rank's streams as they were (`as_dict`), what was found, and what the objective
+    remembered (its state). The weights are saved beside them by the caller, as in a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save([batches for _, batches in ranks], folder / BATCHES)
     where = {str(row): origin for row, origin in origins.items()}
     found = [[asdict(finding) for finding in findings] for findings, _ in ranks]
-    (folder / RECORD).write_text(json.dumps({"step": step, "findings": found, "origins": where}, indent=1))
+    (folder / RECORD).write_text(
+        json.dumps({"step": step, "findings": found, "origins": where, "objective": objective}, indent=1)
+    )
 
 
 def load_failure(folder: Path) -> tuple[dict[str, Any], list[list[Batch]]]:
