@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tunery.data.loader import Cut, Loader, StreamLoader, cut, evaluation_streams
+from tunery.data.loader import Cut, Loader, StreamLoader, cut, evaluation_steps
 from tunery.data.order import Order, epoch_order
 from tunery.types import Tokens
 
@@ -72,13 +72,16 @@ def test_the_cut_keeps_every_sequence_whole(packing, world):
     assert Counter(rows_of(batches)) == expected
     assert all(len(set(b.rows)) == 1 for b in batches) or packing
     for batch in batches:
+        assert batch.rows == sorted(batch.rows)
         assert packing is False or batch.n_tokens <= 64 or len(set(batch.rows)) == 1
         for row, start, end in zip(batch.rows, batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
             assert batch.ids_T[start:end].tolist() == [row] * int(end - start)
 
 
 def test_evaluation_visits_every_row_once():
-    assert set(rows_of(evaluation_streams(Rows(1100), Cut(256)))) == set(range(1100))
+    assert set(rows_of(batch for step in evaluation_steps(Rows(1100), Cut(256)) for batch in step.micro)) == set(
+        range(1100)
+    )
 
 
 class Streamed:

@@ -20,8 +20,8 @@ def test_bins_hold_everything_once_and_fit(seed):
 
 
 def test_the_tightest_bin_is_taken():
-    """6+4 and 5+5 by hand; first-fit in this order would also open two, worst-fit three."""
-    assert best_fit_decreasing([6, 5, 5, 4], 10) == [[0, 3], [1, 2]]
+    """7+3 and 6+2+2 by hand; the emptier bin for the 3 would leave no room for the last 2."""
+    assert best_fit_decreasing([7, 6, 3, 2, 2], 10) == [[0, 2], [1, 3, 4]]
 
 
 def test_what_is_too_long_stands_alone():
