@@ -44,6 +44,10 @@ class Config(KindConfig):
     clip_low: float = Field(0.2, gt=0, description="the ratio is clipped below 1 - this")
     clip_high: float | None = Field(None, gt=0, description="and above 1 + this (DAPO: 0.28); null: as clip_low")
     beta: float = Field(0.0, ge=0, description="weight of the KL divergence from where training began")
+    kl_unbiased: bool = Field(
+        True,
+        description="times the ratio, so that its gradient is that of the divergence (DeepSeek-V3.2); false: plain",
+    )
     correction: float | None = Field(
         None,
         gt=0,
@@ -64,9 +68,10 @@ _SCALES = {"group": "group", "rloo": "none", "reinforce++": "batch"}
 class Objective:
     """GRPO (Shao et al., arXiv:2402.03300, eq. 3), of the answers o_i to a prompt, i = 1..G, with rewards R_i:
 
-        L = sum_i sum_t w_it * ( -min(r_it A_it, clip(r_it, 1 - low, 1 + high) A_it) + beta * k3_it )
+        L = sum_i sum_t w_it * ( -min(r_it A_it, clip(r_it, 1 - low, 1 + high) A_it) + beta * r_it * k3_it )
 
-    r_it is the probability of token t now over that when it was generated. With `ratio: sequence` it is that of the
+    (without the last r_it in the paper, whose gradient is not the divergence's: `kl_unbiased`; DeepSeek-V3.2,
+    arXiv:2512.02556, section 3.1). r_it is the probability of token t now over that when it was generated. With `ratio: sequence` it is that of the
     whole answer, s_i = exp(mean_t log r_it), for each of its tokens (GSPO, Zheng et al., arXiv:2507.18071, eq. 7).
 
     `loss` says what the sum is divided by. "dapo": by all tokens of the step (DAPO, Yu et al., arXiv:2503.14476,
@@ -152,42 +157,34 @@ class Objective:
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         logps_N = policy.logps(batch)[batch.labelled_N]
-        old_N = old_logps(batch, logps_N)
+        old_N, count = old_logps(batch, logps_N), len(logps_N)
         # a plan looks at shapes alone, and its streams have no advantages
-        advantages = batch.extra.get("advantages", batch.weights_T)
-        loss_N, metrics = self.token_losses(logps_N, old_N, advantages[batch.labelled_N].to(logps_N), batch)
-        count = len(logps_N)
-        if self.reference and not self.kl_in_reward:
-            kl_N = kl_to_reference(logps_N, policy.reference_logps(batch)[batch.labelled_N].to(logps_N))
-            loss_N = loss_N + self.config.beta * kl_N
-            metrics["kl"] = (kl_N.detach().sum(), count)
-        elif self.reference:
-            kl_N = kl_to_reference(old_N, policy.reference_logps(batch)[batch.labelled_N].to(logps_N))
-            metrics["kl"] = (kl_N.sum(), count)
-        if self.config.loss == "grpo":
-            lengths_N = batch.labelled_S.repeat_interleave(batch.labelled_S, output_size=count)
-            loss_N = loss_N / lengths_N
-        total = loss_N.sum()
-        metrics |= {"entropy": (-old_N.sum(), count), **against_generator(batch, old_N)}
-        return Loss(total, {"loss": (total.detach(), self.weight(batch)), **metrics})
-
-    def token_losses(
-        self, logps_N: Tensor, old_N: Tensor, advantages_N: Tensor, batch: Batch
-    ) -> tuple[Tensor, Metrics]:
-        """The clipped loss of each trained token, [N], and how much was clipped."""
+        advantages_N = batch.extra.get("advantages", batch.weights_T)[batch.labelled_N].to(logps_N)
         log_ratio_N = logps_N - old_N
         if self.config.ratio == "sequence":
             log_ratio_N = of_sequences(log_ratio_N, batch)
         found = clipped(log_ratio_N, advantages_N, self.config.clip_low, self.high)
-        loss_N, count = found.loss_N, len(logps_N)
-        if self.config.correction is not None:
-            loss_N = loss_N * importance(batch, old_N, self.config.correction)
+        loss_N = found.loss_N
         metrics: Metrics = {
             "clip_ratio/low": (found.low_N.sum(), count),
             "clip_ratio/high": (found.high_N.sum(), count),
             "ratio": (log_ratio_N.detach().exp().sum(), count),
+            "entropy": (-old_N.sum(), count),  # what the policy thinks of its own samples is unbiased
+            **against_generator(batch, old_N),
         }
-        return loss_N, metrics
+        if self.config.correction is not None:
+            loss_N = loss_N * importance(batch, old_N, self.config.correction)
+        if self.reference:
+            reference_N = policy.reference_logps(batch)[batch.labelled_N].to(logps_N)
+            kl_N = kl_to_reference(logps_N, reference_N)
+            metrics["kl"] = (kl_N.detach().sum(), count)
+            if not self.kl_in_reward:
+                kl_N = kl_N * log_ratio_N.exp() if self.config.kl_unbiased else kl_N
+                loss_N = loss_N + self.config.beta * kl_N
+        if self.config.loss == "grpo":
+            loss_N = loss_N / batch.labelled_S.repeat_interleave(batch.labelled_S, output_size=count)
+        total = loss_N.sum()
+        return Loss(total, {"loss": (total.detach(), self.weight(batch)), **metrics})
 
 
 def deviation(values: np.ndarray) -> float:
