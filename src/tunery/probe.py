@@ -15,6 +15,7 @@ from tunery.errors import ConfigError
 from tunery.guard import Gate
 from tunery.job import Job
 from tunery.plan.bill import Measured
+from tunery.reference import measure_with_reference
 from tunery.report import NullReport
 from tunery.setup import Read, Run, resolve, set_up
 from tunery.step import gradients, total_weight, update
@@ -31,6 +32,7 @@ def probe(job: Job, read: Read, micro_tokens: int, rung: str, steps: int = STEPS
     engine = Engine(job.model.dtype)
     try:
         run = set_up(resolve(job.model_copy(update={"train": train}), engine, read), engine, read, None)
+        measure_with_reference(run)
         _forget_peak(engine)
         run.model.train()
         gate = Gate(run.optimizer, engine.device)

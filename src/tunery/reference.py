@@ -58,14 +58,27 @@ def keep_reference(run: Run, console: Any = None) -> None:
         _save_start(run.model, run.output / START)
     run.engine.barrier()
     wanted = getattr(run.job.objective, "reference", "auto")
-    why_not = "it was asked to" if wanted == "live" else _why_not_cached(run)
+    why_not = "it was asked to" if wanted == "live" else _unknown_rows(run) or _no_room(run)
     if why_not is None:
         _keep_logps(run, console)
+        if hasattr(run.objective, "companions"):  # sequences that are in no file
+            run.policy.at_start = _starting(run)
         return
     if wanted == "cached":
         raise ConfigError(f"objective.reference: the log-probs cannot be kept, because {why_not}; set it to live")
-    run.policy.at_start = starting(run.job, run.engine, run.model, run.output, resumed=run.resume is not None)
+    run.policy.at_start = _starting(run)
     run.policy.notes.append(f"the reference runs beside the policy, because {why_not} (objective.reference)")
+
+
+def measure_with_reference(run: Run) -> None:
+    """The same for steps whose numbers nobody will use: nothing is written, and kept log-probs are all 0."""
+    if not needs_reference(run.objective):
+        return
+    if _unknown_rows(run) is None and getattr(run.job.objective, "reference", "auto") != "live":
+        nothing = {name: np.zeros(len(store.ids), _dtype(run)) for name, store in _stores(run).items()}
+        _read_from(run, nothing)
+    else:
+        run.policy.at_start = _starting(run)
 
 
 def drop_reference(run: Run) -> None:
@@ -110,6 +123,10 @@ def starting(job: Job, engine: Engine, model: Any, folder: Path, resumed: bool) 
     return Start(parameters, values)
 
 
+def _starting(run: Run) -> Start:
+    return starting(run.job, run.engine, run.model, run.output, resumed=run.resume is not None)
+
+
 def _save_start(model: Any, path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -133,9 +150,14 @@ def _saved_start(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str
 # ---------------------------------------------------------------- log-probs on disk
 
 
-def _why_not_cached(run: Run) -> str | None:
-    if not isinstance(run.loader, Loader):
-        return "the data are streamed"
+def _unknown_rows(run: Run) -> str | None:
+    """Why the run's rows cannot be asked for beforehand, or None."""
+    if getattr(run.objective, "generates", False):
+        return "the answers are generated"
+    return None if isinstance(run.loader, Loader) else "the data are streamed"
+
+
+def _no_room(run: Run) -> str | None:
     size = sum(len(store.ids) for store in _stores(run).values()) * _dtype(run).itemsize
     missing = [name for name in _stores(run) if not (run.output / FILES[name]).is_file()]
     free = min(run.engine.gather(shutil.disk_usage(run.output).free))
@@ -159,8 +181,7 @@ def _keep_logps(run: Run, console: Any) -> None:
     kept = {name: _opened(run, name, store) for name, store in stores.items()}
     missing = {name: store for name, store in stores.items() if kept[name] is None}
     if missing:
-        resumed = run.resume is not None
-        run.policy.at_start = starting(run.job, run.engine, run.model, run.output, resumed) if resumed else nullcontext
+        run.policy.at_start = _starting(run) if run.resume is not None else nullcontext
         wanted = {
             name: rows_to_come(run) if name == "train" else first_of_each(store) for name, store in missing.items()
         }
@@ -174,10 +195,13 @@ def _keep_logps(run: Run, console: Any) -> None:
             f"the reference's log-probs of {human(tokens)} tokens were computed once, in "
             f"{clock_text(time.perf_counter() - began)}, and are read from {', '.join(FILES[name] for name in stores)}"
         )
-    extended = {
-        name: store.with_extra(REFERENCE, array) for name, store in stores.items() if (array := kept[name]) is not None
-    }
-    assert isinstance(run.loader, Loader) and extended.keys() == stores.keys()
+    _read_from(run, {name: array for name, array in kept.items() if array is not None})
+
+
+def _read_from(run: Run, kept: Mapping[str, np.ndarray]) -> None:
+    """Have the run's rows bring along their reference's log-probs."""
+    extended = {name: store.with_extra(REFERENCE, kept[name]) for name, store in _stores(run).items()}
+    assert isinstance(run.loader, Loader)
     run.data = replace(run.data, **extended)
     run.loader.store = extended["train"]
 

@@ -10,6 +10,7 @@ from tunery.checkpoint import save_interval
 from tunery.plan.choose import best, rungs_of
 from tunery.plan.ladder import Change, ladder
 from tunery.plan.planner import Memory, Planner
+from tunery.plan.reference import reference_cost
 from tunery.plan.work import AssumedRows, Work
 
 
@@ -63,8 +64,14 @@ def make_plan(planner: Planner) -> Plan:
     rungs = rungs_of(job, device)
     micro_tokens, rung = best(planner, rungs)
     memory, work = planner.memory(micro_tokens, rung), planner.work(micro_tokens)
-    seconds, fits = planner.seconds(micro_tokens, rung), memory.total <= device.memory
+    seconds, once, disk = planner.seconds(micro_tokens, rung), 0.0, _disk(planner, work)
     notes = []
+    reference = reference_cost(planner, micro_tokens, rung)
+    if reference is not None:
+        memory = replace(memory, weights=memory.weights + reference.memory)
+        seconds, once, disk = seconds + reference.each_step, reference.once, disk + reference.disk
+        notes.append(reference.note)
+    fits = memory.total <= device.memory
     if isinstance(rows, AssumedRows):
         notes.append(
             f"the rows are not read: each is taken to be {job.data.max_length} tokens (data.max_length), all trained on"
@@ -90,8 +97,8 @@ def make_plan(planner: Planner) -> Plan:
         seconds_per_step=seconds,
         steps=work.steps,
         tokens=None if work.steps is None else round(work.tokens * work.steps),
-        seconds=None if work.steps is None else seconds * work.steps,
-        disk=_disk(planner, work),
+        seconds=None if work.steps is None else seconds * work.steps + once,
+        disk=disk,
         ladder=[] if fits and (micro_tokens, rung) == (planner.most, rungs[0]) else ladder(planner),
         notes=notes,
     )
