@@ -15,7 +15,8 @@ def test_the_loss_curve_is_the_reference_s_over_50_steps(tmp_path, adapter):
     for kernels in ("auto", "reference"):
         job = tiny_job(
             tmp_path, adapter=adapter, kernels=kernels, model={"dtype": "float32"}, data={"eval": None},
-            optimizer={"lr": 3e-3}, train={"epochs": 9, "max_steps": 50}, output=str(tmp_path / kernels),
+            optimizer={"lr": 3e-3}, train={"epochs": 9, "max_steps": 50, "save_every": 50},
+            output=str(tmp_path / kernels),
         )  # fmt: skip
         run_job(job)
         curves.append(losses(job.output))
