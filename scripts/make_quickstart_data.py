@@ -1,4 +1,5 @@
-"""Writes the quickstart's rows: 1,000 to train on, 200 held out, in the house style of `tunery.assets.rendering`.
+"""Writes the quickstart's rows: 1,000 to train on, 200 held out, in the house style of `tunery.assets.rendering`; and
+pairs of an answer in that style and one in another, 300 and 60.
 
 python scripts/make_quickstart_data.py
 """
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 from random import Random
 
-from tunery.assets.quickstart import quickstart_rows
+from tunery.assets.quickstart import preference_rows, quickstart_rows
 
 
 def main() -> None:
@@ -18,12 +19,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "examples" / "data")
     parser.add_argument("--train", type=int, default=1000, help="training rows")
     parser.add_argument("--eval", type=int, default=200, help="held-out rows")
+    parser.add_argument("--train-pairs", type=int, default=300, help="training pairs")
+    parser.add_argument("--eval-pairs", type=int, default=60, help="held-out pairs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, seed, count in (("train", 11, args.train), ("eval", 12, args.eval)):
-        path = args.out / f"quickstart_{name}.jsonl"
+    files = [
+        ("quickstart_train", quickstart_rows, 11, args.train), ("quickstart_eval", quickstart_rows, 12, args.eval),
+        ("preferences_train", preference_rows, 13, args.train_pairs),
+        ("preferences_eval", preference_rows, 14, args.eval_pairs),
+    ]  # fmt: skip
+    for name, rows, seed, count in files:
+        path = args.out / f"{name}.jsonl"
         with path.open("w", encoding="utf-8") as file:
-            for row in quickstart_rows(Random(seed), count, evaluation=name == "eval"):
+            for row in rows(Random(seed), count, evaluation=name.endswith("_eval")):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         print(path)
 

@@ -12,7 +12,7 @@ import pytest
 
 from tunery.assets import rendering
 from tunery.assets.corpus import documents
-from tunery.assets.quickstart import quickstart_rows
+from tunery.assets.quickstart import preference_rows, quickstart_rows
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 HAN_NUMERALS = re.compile("[零一二三四五六七八九十百两]")
@@ -83,3 +83,15 @@ def test_both_directions_tags_and_terms_are_common():
     assert 0.3 < share(lambda r: "<" in r["answer"]) < 0.7
     assert 0.3 < share(lambda r: "Terms: " in r["user"]) < 0.7
     assert share(lambda r: "（" in r["answer"] or "(" in r["answer"]) > 0.2
+
+
+@pytest.mark.parametrize(("seed", "name", "count"), [(13, "train", 300), (14, "eval", 60)])
+def test_the_pairs_are_what_the_seed_makes_and_the_chosen_are_in_the_house_style(seed, name, count):
+    lines = (DATA / f"preferences_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    assert len(pairs) == count and pairs == preference_rows(Random(seed), count, evaluation=name == "eval")
+    for pair in pairs:
+        (better,), (worse,) = pair["chosen"], pair["rejected"]
+        assert better["role"] == worse["role"] == "assistant" and better["content"] != worse["content"]
+        if "into Chinese" in pair["prompt"][1]["content"]:
+            assert not re.search(r"\d-\d\d-|[A-Z]{3} \d", TAG.sub("", better["content"])), better

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
 from tunery.assets.rendering import random_style, render
-from tunery.assets.world import Lang, held_out, sample_passage, with_terms
+from tunery.assets.world import Lang, Passage, held_out, sample_passage, with_terms
 
 SYSTEM = "You are a translator for clinical trial documents."
+DIRECTIONS: tuple[tuple[Lang, Lang], ...] = (("zh", "en"), ("en", "zh"))  # into, from
+TRIES = 8  # styles that a passage is written in, to find one that makes a difference
 ASK = {"zh": "Translate into Chinese.", "en": "Translate into English."}
 
 
@@ -20,26 +24,44 @@ def prompt(source: str, target: Lang, terms: list[tuple[str, str]]) -> str:
 
 def quickstart_rows(rng: Random, count: int, evaluation: bool) -> list[dict[str, Any]]:
     """Rows in the house style, both directions in turn; evaluation rows use held-out meanings only."""
-    rows, seen = [], set()
-    while len(rows) < count:
-        target: Lang = "zh" if len(rows) % 2 == 0 else "en"
-        source: Lang = "en" if target == "zh" else "zh"
-        passage = sample_passage(rng, accept=lambda s: held_out(s) == evaluation, level=4)
-        terms: list[tuple[str, str]] = []
-        if rng.random() < 0.5:
-            passage, terms = with_terms(passage, rng, target, rng.choice([1, 1, 2]), level=4)
-        keys = {s.key for s in passage.sentences}
-        if keys & seen:
-            continue
-        seen |= keys
-        user = prompt(render(passage, source, random_style(rng, 0.2)), target, terms)
-        rows.append(
-            {
-                "messages": [
-                    {"role": "system", "content": SYSTEM},
-                    {"role": "user", "content": user},
-                    {"role": "assistant", "content": render(passage, target)},
-                ]
-            }
-        )
+    rows: list[dict[str, Any]] = []
+    for target, passage, user in _passages(rng, evaluation):
+        if len(rows) == count:
+            break
+        rows.append({"messages": [*_asked(user), {"role": "assistant", "content": render(passage, target)}]})
     return rows
+
+
+def preference_rows(rng: Random, count: int, evaluation: bool) -> list[dict[str, Any]]:
+    """Pairs of translations with the same meaning: the chosen in the house style, the rejected in another. Passages
+    that no style writes differently are left out."""
+    rows: list[dict[str, Any]] = []
+    for target, passage, user in _passages(rng, evaluation):
+        if len(rows) == count:
+            break
+        chosen = render(passage, target)
+        others = {render(passage, target, random_style(rng)) for _ in range(TRIES)} - {chosen}
+        if others:
+            sides = {"chosen": chosen, "rejected": rng.choice(sorted(others))}
+            answers = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+            rows.append({"prompt": _asked(user), **answers})
+    return rows
+
+
+def _asked(user: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+
+
+def _passages(rng: Random, evaluation: bool) -> Iterator[tuple[Lang, Passage, str]]:
+    """Endlessly: the language to translate into, in turn, a passage of meanings not used before, and the question."""
+    seen: set[Any] = set()
+    for target, source in itertools.cycle(DIRECTIONS):
+        keys: set[Any] = set()
+        while not keys or keys & seen:
+            passage = sample_passage(rng, accept=lambda s: held_out(s) == evaluation, level=4)
+            terms: list[tuple[str, str]] = []
+            if rng.random() < 0.5:
+                passage, terms = with_terms(passage, rng, target, rng.choice([1, 1, 2]), level=4)
+            keys = {s.key for s in passage.sentences}
+        seen |= keys
+        yield target, passage, prompt(render(passage, source, random_style(rng, 0.2)), target, terms)
