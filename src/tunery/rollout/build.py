@@ -49,7 +49,11 @@ def make_rewards(job: Job, data: Prepared) -> Rewards:
     """The job's rewards, ready, and found able to score these rows. Raises ConfigError and RewardError."""
     rewards = Rewards(job.rewards)
     rewards.check([make_answer(example) for example in [*data.train_examples, *data.eval_examples]])
-    rewards.start()
+    try:
+        rewards.start()
+    except ConfigError:
+        rewards.close()
+        raise
     return rewards
 
 
