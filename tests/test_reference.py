@@ -336,3 +336,15 @@ def test_two_ranks_take_the_same_steps_as_one(tmp_path, mode):
     evaluations = [json.loads((tmp_path / n / "eval_results.json").read_text()) for n in ("one", "two")]
     for key, value in evaluations[0].items():
         assert "runtime" in key or value == pytest.approx(evaluations[1][key], rel=1e-9), key
+
+
+def test_what_a_preference_run_leaves_to_be_read(tmp_path):
+    """Rewards of the held-out pairs in every file, and no perplexity, which this loss has none of."""
+    run_job(pair_job(tmp_path, train={"max_steps": 4}))
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"} <= results.keys()
+    assert "eval_perplexity" not in results
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "rewards/margins" in report and "perplexity" not in report
+    lines = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
+    assert all("rewards/accuracies" in line for line in lines if "loss" in line or "eval_loss" in line)

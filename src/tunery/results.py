@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ def eval_results(facts: Facts) -> dict[str, Any]:
     return {
         "epoch": round(evaluation.epoch, 4),
         "eval_loss": evaluation.eval_loss,
-        **({"eval_perplexity": perplexity(evaluation.eval_loss)} if "reward" not in evaluation.metrics else {}),
+        **({"eval_perplexity": perplexity(evaluation.eval_loss)} if of_likelihood(evaluation.metrics) else {}),
         **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
     }
 
@@ -122,6 +122,12 @@ def windows(steps: Sequence[Step], log_every: int) -> list[list[Step]]:
             found.append([])
         found[-1].append(step)
     return found
+
+
+def of_likelihood(metrics: Iterable[str]) -> bool:
+    """Whether a loss with these metrics beside it is a mean negative log-likelihood, which has a perplexity: those of
+    preference and reinforcement objectives report rewards."""
+    return not any(name.partition("/")[0] in ("reward", "rewards") for name in metrics)
 
 
 def perplexity(loss: float) -> float:

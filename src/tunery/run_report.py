@@ -16,7 +16,16 @@ from tunery.diagnose import DataCounts, Diagnosis
 from tunery.files import write_json, write_text
 from tunery.plots import plot_eval_loss, plot_reward, plot_training_loss
 from tunery.progress import clock_text, human
-from tunery.results import Facts, Outcome, eval_results, outcome_results, perplexity, train_results, trainer_state
+from tunery.results import (
+    Facts,
+    Outcome,
+    eval_results,
+    of_likelihood,
+    outcome_results,
+    perplexity,
+    train_results,
+    trainer_state,
+)
 
 LONGEST_CELL = 600  # characters of a sample that are shown; what is left out is counted beside it
 
@@ -126,12 +135,12 @@ def _evaluations(facts: Facts) -> str:
     if not evaluations:
         return ""
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
-    losses = [] if "reward" in names else ["loss", "perplexity"]
+    losses = [] if "reward" in names else ["loss", *(["perplexity"] if of_likelihood(names) else [])]
     rows = []
     for evaluation in evaluations:
         loss, metrics = evaluation.eval_loss, evaluation.metrics
         row = [evaluation.step, f"{evaluation.epoch:.2f}"]
-        row += [f"{loss:.4f}", score(perplexity(loss))] if losses else []
+        row += [f"{loss:.4f}", score(perplexity(loss))][: len(losses)]
         rows.append(row + [score(metrics.get(name)) for name in names])
     return "## Evaluations\n\n" + _table(["step", "epoch", *losses, *names], rows)
 
