@@ -129,6 +129,8 @@ def train(config: Source, overrides: Overrides = None) -> None:
 def _after(result: Any) -> None:
     from rich.console import Console
 
+    from tunery.models.target import is_reward_model, resolve_target
+
     console, output = Console(), result.output
     if result.already_finished:
         console.print(f"{output} already holds this run, finished; train.resume=false trains anew beside it.")
@@ -136,8 +138,11 @@ def _after(result: Any) -> None:
     if plots:
         console.print(f"Loss plot: {output / plots[0]}   Report: {output / 'report.md'}")
     console.print("Next:")
-    console.print(f"  tunery chat {output}")
-    console.print(f"  tunery generate {output} DATA.jsonl --out predictions.jsonl")
+    if is_reward_model(resolve_target(output)):
+        console.print(f"  tunery generate {output} PAIRS.jsonl --score --out scores.jsonl")
+    else:
+        console.print(f"  tunery chat {output}")
+        console.print(f"  tunery generate {output} DATA.jsonl --out predictions.jsonl")
     console.print(f"  tunery export {output} {output}-merged")
 
 

@@ -6,10 +6,12 @@ once in packed streams, which nothing is generated from."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +100,27 @@ class RewardModel:
         pairs = [i for i, e in enumerate(examples) if _unfit(e) is None and e.rejected]
         encoded = self.template.encode_many([examples[i] for i in whole], train="last")
         for i, row in zip(whole, encoded, strict=True):
-            rows[i] = row if isinstance(row, Refused) else row[-1:]
+            if _is_empty(examples[i].messages[-1]):
+                rows[i] = [self._empty(examples[i])]
+            else:
+                rows[i] = row if isinstance(row, Refused) else row[-1:]
         for i, row in zip(pairs, encode_pairs([examples[i] for i in pairs], self.template), strict=True):
             rows[i] = row
         return [row if isinstance(row, Refused) else self._within_context(row) for row in rows]
+
+    def _empty(self, example: Example) -> Tokens:
+        """An answer of nothing but its end, which is nothing to train on but may well be scored."""
+        prompt = self.template.prompt(example.messages[:-1], example.tools)
+        weights = np.repeat([0, 1], [len(prompt), len(self._end)]).astype(np.float32)
+        return Tokens(np.array([*prompt, *self._end], np.int32), weights)
+
+    @cached_property
+    def _end(self) -> list[int]:
+        """The tokens with which the template ends an answer."""
+        short = [Message("user", "?"), Message("assistant", "!")]
+        (tokens,) = self.template.encode(short, train="last")
+        answer = tokens.ids[len(self.template.prompt(short[:1])) :].tolist()
+        return [*itertools.dropwhile(lambda token: token not in self.template.end_ids, answer)]
 
     def _within_context(self, row: list[Tokens]) -> list[Tokens] | Refused:
         longest = max(map(len, row))
@@ -118,6 +137,10 @@ def _unfit(example: Example) -> Refused | None:
     if not example.messages or example.messages[-1].role != "assistant":
         return Refused("no answer", "the row does not end with an assistant turn")
     return None
+
+
+def _is_empty(message: Message) -> bool:
+    return not (message.content.strip() or message.tool_calls or message.reasoning)
 
 
 def _why(refused: Refused) -> str:
