@@ -99,3 +99,79 @@ def test_the_fused_back_end_equals_the_loop(window):
         torch.nn.Module(), q.float(), k.float(), v.float(), None, cu_seq_lens_q=cu, sliding_window=window
     )
     torch.testing.assert_close(fast.float(), slow, rtol=2e-2, atol=2e-2)
+
+
+# Two answers to a prompt of 6 tokens between two whole sequences, and where each token stands once all are whole.
+LENGTHS, CONTINUES = [4, 6, 3, 5, 2], [-1, -1, 1, 1, -1]
+WHOLE = [*range(13), *range(4, 10), *range(13, 20)]
+OWN = [*range(13), *range(19, 26)]  # the answers, and one copy of the prompt
+
+
+def shared_and_whole(q, k, v, **options):
+    """The stream with the prompt once, and with every sequence whole: the same rows of both."""
+    cu, whole = (torch.tensor([0, *n]).cumsum(0).to(q.device, torch.int32) for n in (LENGTHS, [4, 9, 11, 2]))
+    shared, _ = packed_attention(
+        torch.nn.Module(), q, k, v, None, cu_seq_lens_q=cu, segment_lengths=LENGTHS, segment_continues=CONTINUES,
+        **options,
+    )  # fmt: skip
+    q, k, v = (x[:, :, WHOLE] for x in (q, k, v))
+    expected, _ = packed_attention(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=whole, **options)
+    return shared, expected[:, OWN]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("window", [None, 3, 7])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sink", [False, True])
+def test_what_a_piece_continues_is_seen_by_every_variant(window, softcap, sink, fast):
+    torch.manual_seed(0)
+    q = torch.randn(1, HEADS, 20, D, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, KV, 20, D, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    options = {"sliding_window": window, "softcap": softcap, "fast": fast}
+    both = shared_and_whole(q, k, v, s_aux=torch.randn(HEADS, dtype=torch.float64) if sink else None, **options)
+    torch.testing.assert_close(*both, rtol=1e-10, atol=1e-12)
+    seed = torch.randn_like(both[0])
+    grads = [torch.autograd.grad((out * seed).sum(), [q, k, v]) for out in both]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_back_end_that_lines_sequences_up_by_their_first_tokens_is_not_asked(monkeypatch, right):
+    """With more keys than queries, some libraries let the first query see the first key alone."""
+    asked = []
+
+    def back_end(q, k, v, cu_q, cu_k, longest, longest_keys, scale, window):
+        asked.append((cu_q.tolist(), cu_k.tolist(), longest, longest_keys))
+        lengths, keys = cu_q.diff().tolist(), cu_k.diff().tolist()
+        q, k, v = (x.transpose(0, 1).float() for x in (q, k, v))
+        if right:
+            return attention.segment_attention.reference(q, k, v, lengths, scale, None, keys).to(torch.bfloat16)
+        first = torch.cat([torch.arange(n) + s for n, s in zip(lengths, cu_k.tolist(), strict=False)])
+        return attention.segment_attention.reference(q, k[:, first], v[:, first], lengths, scale).to(torch.bfloat16)
+
+    monkeypatch.setattr(attention, "_fused_backend", lambda head_dim: back_end)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    attention._ends_together.cache_clear()
+    q, k, v = (torch.randn(1, h, 20, 16, dtype=torch.bfloat16) for h in (HEADS, KV, KV))
+    packed_attention(
+        torch.nn.Module(), q, k, v, None, cu_seq_lens_q=torch.tensor([0, 4, 10, 13, 18, 20], dtype=torch.int32),
+        segment_lengths=LENGTHS, segment_continues=CONTINUES,
+    )  # fmt: skip
+    attention._ends_together.cache_clear()
+    probe, *streams = asked
+    assert probe == ([0, 2], [0, 3], 2, 3)
+    assert streams == ([([0, 4, 13, 18, 20], [0, 4, 13, 24, 26], 9, 11)] if right else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_fused_back_end_sees_what_a_piece_continues(window):
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, h, 20, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (HEADS, KV, KV)
+    )
+    both = shared_and_whole(q, k, v, sliding_window=window)
+    torch.testing.assert_close(*both, rtol=2e-2, atol=2e-2)
+    grads = [torch.autograd.grad(out.float().sin().sum(), [q, k, v]) for out in both]
+    torch.testing.assert_close(*grads, rtol=3e-2, atol=3e-2)
