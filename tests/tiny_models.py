@@ -51,6 +51,19 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float64, hook: 
     return model
 
 
+def tiny_scorer(family: str = "llama", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """One with a scalar head, as transformers makes it."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    name, options = FAMILIES[family]
+    config = getattr(transformers, name)(**{**options, "num_labels": 1, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    hook_attention(model)
+    return model
+
+
 def random_sequences(lengths: tuple[int, ...] = (9, 17, 5, 12), seed: int = 0, vocabulary: int = 131) -> list[Tokens]:
     """Random ids with random weights, some 0, some fractional."""
     random = np.random.default_rng(seed)

@@ -27,6 +27,19 @@ def write_rows(path: Path, count: int, start: int = 0) -> Path:
     return path
 
 
+def write_pairs(path: Path, count: int, start: int = 0) -> Path:
+    """Preference pairs: the chosen answers have the question's words in order, the rejected ones as they came."""
+    rows = []
+    for i in range(start, start + count):
+        words = [WORDS[(i * 7 + k * (i % 5 + 1)) % len(WORDS)] for k in range(2 + i % 5)]
+        answers = {"chosen": " ".join(sorted(words)) + " yes", "rejected": " ".join(words) + " no"}
+        asked = [{"role": "user", "content": f"{i}: {' '.join(words)}"}]
+        turns = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+        rows.append({"prompt": asked, **turns})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def model_folder(path: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A random two-layer Llama with the embedded base's tokenizer."""
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM

@@ -33,6 +33,7 @@ from tunery.models.load import (
 )
 from tunery.models.recompute import recompute
 from tunery.models.score import agree_on_padding, fitting_config, load_with_head
+from tunery.observe import put_back
 from tunery.plan.choose import choose
 from tunery.plan.work import AssumedRows
 from tunery.policy import CausalPolicy
@@ -166,7 +167,8 @@ def load_start(job: Job, adapter: Any, resume: Path | None, engine: Engine) -> t
     if start is not None and start_adapter and adapter.whole and resume is None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(start), config=fitting_config(model, start)).merge_and_unload()
+        config = fitting_config(model, start, trains=False)
+        model = PeftModel.from_pretrained(model, str(start), config=config).merge_and_unload()
     if job.model.attention == "auto":
         hook_attention(model, reference=job.kernels.attention == "reference")
     start_adapter_folder = start if start_adapter and not adapter.whole else None
@@ -363,6 +365,7 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     adapter = build("adapters", job.adapter)
     state = checkpoint.load_state(resume) if resume else {}
     job = resumed(job, state)
+    put_back(read.objective, state.get("objective"))
     model, base_dtype = load_start(job, adapter, resume, engine)
     engine.same_weights(p for p in model.parameters() if p.requires_grad)
     if job.train.checkpointing != "none":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from tunery.models.score import TASK, fitting_config
 
 PISSA_FILE = "pissa.safetensors"
 # What PEFT trains whole in any classifier, asked or not.
-HEADS = {"classifier", "score"}
+HEADS = frozenset({"classifier", "score"})
 
 
 class Config(KindConfig):
@@ -66,7 +66,7 @@ class Adapter:
         from peft import LoraConfig, get_peft_model
 
         if start is not None:
-            peft_config = fitting_config(model, start)
+            peft_config = fitting_config(model, start, trains=True)
             if not isinstance(peft_config, LoraConfig):
                 raise ModelError(f"model.init_from: {start} is not a LoRA adapter")
             self._same_shape(peft_config, start)
@@ -87,12 +87,16 @@ class Adapter:
             self._pissa(wrapped, resume)
         folder = resume or start
         if folder is not None:
-            self.load(wrapped, folder)
+            self._load(wrapped, folder, may_lack=HEADS if resume is None else frozenset())
         return wrapped
 
     def load(self, model: Any, folder: Path) -> None:
         """Put the weights of an adapter folder (for PiSSA: of a checkpoint of this run) into the applied adapter."""
-        from peft import set_peft_model_state_dict
+        self._load(model, folder)
+
+    def _load(self, model: Any, folder: Path, may_lack: Set[str] = frozenset()) -> None:
+        """`may_lack`: modules that stay as they are where the folder has no weights of them."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         saved = load_file(folder / "adapter_model.safetensors")
@@ -100,6 +104,9 @@ class Adapter:
             parts = load_file(folder / PISSA_FILE)
             for name, _ in _lora_layers(model):
                 saved[f"{name}.lora_A.weight"], saved[f"{name}.lora_B.weight"] = parts[f"{name}.A"], parts[f"{name}.B"]
+        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items() if may_lack else ():
+            if name.split(".")[-2] in may_lack:
+                saved.setdefault(name, value)
         result = set_peft_model_state_dict(model, saved)
         if result.unexpected_keys:
             raise ModelError(f"{folder}: its weights do not fit this model: {result.unexpected_keys[:3]}")

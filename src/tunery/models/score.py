@@ -140,14 +140,15 @@ def _draw(head: torch.nn.Linear, seed: int, spread: float) -> None:
             head.bias.zero_()
 
 
-def fitting_config(model: Any, folder: Path) -> Any:
-    """PEFT's configuration of the adapter in `folder`, to be put on `model`: one of a language model fits a scalar
-    head's backbone as well, and leaves the head to be trained. Raises ModelError for the other way round."""
+def fitting_config(model: Any, folder: Path, trains: bool) -> Any:
+    """PEFT's configuration of the adapter in `folder`, to be put on `model` to train on, or only to be merged into it.
+    One of a language model fits a scalar head's backbone as well; if it `trains`, the head does beside it. Raises
+    ModelError for the other way round."""
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))
     if score_head(model) is not None:
-        config.task_type = TASK
+        config.task_type = TASK if trains or config.task_type == TASK else None  # None: PEFT looks for no head in it
     elif config.task_type == TASK:
         raise ModelError(f"{folder}: is the adapter of a reward model, and this run trains a language model")
     return config

@@ -14,8 +14,6 @@ from tunery.config import KindConfig
 from tunery.pairs import count_pairs, encode_pairs, split_pairs
 from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
 
-MARGIN = "margin"
-
 
 class Config(KindConfig):
     kind: str = "reward"
@@ -37,11 +35,7 @@ class Objective:
         self.config = config
 
     def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        rows = encode_pairs(examples, template)
-        for row in rows:
-            for tokens in row if isinstance(row, list) else ():
-                tokens.extra.setdefault(MARGIN, 0.0)
-        return rows
+        return encode_pairs(examples, template)
 
     def weight(self, batch: Batch) -> Tensor:
         return count_pairs(batch)
@@ -49,7 +43,7 @@ class Objective:
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         rewards_S = policy.values(batch, batch.ends_S)
         chosen_P, rejected_P = split_pairs(rewards_S)
-        margins_P, _ = split_pairs(batch.extra.get(MARGIN, torch.zeros_like(rewards_S)))
+        margins_P, _ = split_pairs(batch.extra.get("margin", torch.zeros_like(rewards_S)))
         losses_P = -F.logsigmoid(chosen_P - rejected_P - margins_P)
         if self.config.center_rewards_coefficient is not None:
             losses_P = losses_P + self.config.center_rewards_coefficient * (chosen_P + rejected_P).square()
