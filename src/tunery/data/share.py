@@ -20,8 +20,8 @@ def shared_length(sequences: Sequence[Tokens]) -> int:
         return 0
     shortest = min(map(len, sequences))
     first = sequences[0].ids[:shortest]
-    same = np.logical_and.reduce([tokens.ids[:shortest] == first for tokens in sequences[1:]])
-    trained = np.logical_or.reduce([tokens.weights[:shortest] != 0 for tokens in sequences])
+    same: np.ndarray = np.logical_and.reduce([tokens.ids[:shortest] == first for tokens in sequences[1:]])
+    trained: np.ndarray = np.logical_or.reduce([tokens.weights[:shortest] != 0 for tokens in sequences])
     trained[0] = False  # nothing predicts the first token
     differs = np.flatnonzero(~same | trained)
     shared = (int(differs[0]) if len(differs) else shortest) - 1

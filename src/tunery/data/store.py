@@ -69,9 +69,13 @@ class TokenStore:
         """Trained targets of each example (see Tokens.labelled): int64 [len(self)]."""
         return self._of_examples(self.sequence_labelled)
 
-    @cached_property
+    @property
     def lengths_when_shared(self) -> np.ndarray:
         """`lengths`, what an example's sequences begin with alike (data/share.py) counted once: int64 [len(self)]."""
+        return self._lengths_when_shared
+
+    @cached_property
+    def _lengths_when_shared(self) -> np.ndarray:
         shared = shared_lengths(self.ids, self.weights, self.sequence_offsets, self.example_offsets)
         saved = shared * (np.diff(self.example_offsets) - 1)
         return self.lengths - (saved if self.index is None else saved[self.index])

@@ -199,5 +199,5 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         from tunery.kernels import compiled
 
-        grads = compiled.attention_backward(grad_outputs[0], *ctx.saved_tensors, ctx.scale, ctx.window)
+        grads = compiled.attention_backward(grad_outputs[0], *ctx.saved_tensors, scale=ctx.scale, window=ctx.window)
         return (*grads, None, None, None, None)
