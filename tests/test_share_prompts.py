@@ -91,8 +91,7 @@ def tokens(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("adapter", [{"kind": "lora", "rank": 4}, "full"])
-@pytest.mark.parametrize("kind", ["dpo", "sft"])
+@pytest.mark.parametrize(("kind", "adapter"), [("dpo", {"kind": "lora", "rank": 4}), ("sft", "full")])
 def test_the_run_does_not_depend_on_sharing(tmp_path, kind, adapter, tokens):
     curves, weights, computed = [], [], []
     cuts = [
