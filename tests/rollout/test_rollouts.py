@@ -19,7 +19,10 @@ from tunery.job import load_job
 from tunery.loop import run_job
 
 ROLLOUT = {"group": 3, "max_new_tokens": 10}
-REWARDS = [{"kind": "length", "unit": "characters", "target": 25}, {"kind": "language", "script": "latin", "weight": 0.5}]
+REWARDS = [
+    {"kind": "length", "unit": "characters", "target": 25},
+    {"kind": "language", "script": "latin", "weight": 0.5},
+]
 
 
 def write_prompts(path: Path, count: int = 10, start: int = 0) -> Path:
