@@ -125,16 +125,25 @@ def _saved_cut(job: Job) -> tuple[int, str] | None:
 
 def _chosen_cut(job: Job, engine: Engine, read: Read | None) -> tuple[int, str]:
     """The same by plan, for the rank with the least memory."""
-    data = read.data.train if read is not None else None
-    rows = data if isinstance(data, TokenStore) else AssumedRows(job.train.batch_size, job.data.max_length)
-    if read is not None and read.rewards is not None:  # prompts, whose answers are not known
-        longest = int(rows.lengths.max()) + job.rollout.max_new_tokens
-        rows = AssumedRows(job.train.batch_size * job.rollout.group // job.rollout.minibatches, longest)
+    job, rows = planned(job, read)
     device = this_device(engine.device.type)
     memory = min(engine.gather(device.memory))
     if device.kind == "cpu":
         memory //= engine.world
     return engine.gather(choose(job, rows, replace(device, memory=memory), engine.world))[0]
+
+
+def planned(job: Job, read: Read | None) -> tuple[Job, TokenStore | AssumedRows]:
+    """The rows a plan is made for, and the job that takes them. Of rows that nobody has read each is taken to be as
+    long as it may be, and so are answers to be generated: a step takes those of its prompts one by one."""
+    data = read.data.train if read is not None else None
+    rows = data if isinstance(data, TokenStore) else AssumedRows(job.train.batch_size, job.data.max_length)
+    if read is None or read.rewards is None:
+        return job, rows
+    answers = max(1, job.train.batch_size * job.rollout.group // job.rollout.minibatches)
+    longest = int(rows.lengths.max()) + job.rollout.max_new_tokens
+    train = job.train.model_copy(update={"batch_size": answers})
+    return job.model_copy(update={"train": train}), AssumedRows(answers, longest)
 
 
 def bytes_to_write(model: Any, adapter: Any, keep: int) -> int:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tunery.data.sources import locate
-from tunery.data.stream import StreamingExamples
 from tunery.devices import known_device, this_device
 from tunery.errors import ConfigError, DataError, ModelError
 from tunery.job import Job
 from tunery.models.load import ModelConfig, load_config, resolve_name
 from tunery.plan.bill import Plan, corrected, make_plan
 from tunery.plan.planner import Planner
-from tunery.plan.work import AssumedRows
 from tunery.probe import probe
-from tunery.setup import Read, check_job, read_data
+from tunery.setup import Read, check_job, planned, read_data
 
 
 def plan_job(job: Job, device: str | None = None, probing: bool = False, console: Any = None) -> Plan:
@@ -33,12 +31,14 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
     read, note = read_rows(job, console)
     if probing and read is None:
         raise ConfigError(f"--probe: needs the rows ({note})")
-    rows = AssumedRows(job.train.batch_size, job.data.max_length) if read is None else read.data.train
-    assert not isinstance(rows, StreamingExamples)
-    planner = Planner(job, rows, found, int(os.environ.get("WORLD_SIZE", "1")))
+    asked, rows = planned(job, read)
+    planner = Planner(asked, rows, found, int(os.environ.get("WORLD_SIZE", "1")))
     plan = make_plan(planner)
     if note:
         plan.notes.insert(0, note)
+    if read is not None and read.rewards is not None:
+        read.rewards.close()
+        plan.notes.insert(0, "answers are taken to be as long as they may be; the time to generate them comes on top")
     if probing and read is not None:
         plan = corrected(plan, planner, probe(job, read, plan.micro_tokens, plan.checkpointing))
     return plan
