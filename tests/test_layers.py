@@ -19,12 +19,23 @@ LAYERS = [
     ["config", "config_file"],
     ["files", "host", "progress", "flops", "memory", "schedule", "kernels", "assets"],
     ["data", "models", "rollout.options"],
-    ["objectives", "pairs", "adapters", "optimizers", "policy"],
+    ["objectives", "pairs", "thumbs", "adapters", "optimizers", "policy"],
     ["job"],
-    ["history", "diagnose", "diagnose_rewards", "checkpoint", "engine", "guard", "plots", "results", "run_report",
-     "trackers", "report"],
+    [
+        "history",
+        "diagnose",
+        "diagnose_rewards",
+        "checkpoint",
+        "engine",
+        "guard",
+        "plots",
+        "results",
+        "run_report",
+        "trackers",
+        "report",
+    ],
     ["fallback"],
-    ["evaluate.text", "evaluate.loss"],
+    ["evaluate.text", "evaluate.loss", "observe"],
     ["generate", "export"],
     ["rewards"],
     ["rollout"],
@@ -40,7 +51,8 @@ LAYERS = [
 ]
 # Objectives know the nouns and nothing of models, engines or files.
 OBJECTIVES_MAY_IMPORT = (
-    "tunery.types", "tunery.errors", "tunery.config", "tunery.kernels", "tunery.objectives", "tunery.pairs"
+    "tunery.types", "tunery.errors", "tunery.config", "tunery.kernels", "tunery.objectives", "tunery.pairs",
+    "tunery.thumbs",
 )  # fmt: skip
 # Libraries with one home each: who may import them.
 HOMES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from tunery import checkpoint
 from tunery.checkpoint import check_room, save_interval
-from tunery.data.loader import evaluation_streams
+from tunery.data.loader import evaluation_steps
 from tunery.data.prefetch import Prefetcher
 from tunery.data.store import TokenStore
 from tunery.engine import Engine
@@ -32,6 +32,7 @@ from tunery.guard import Gate
 from tunery.job import Job, head_of
 from tunery.models.score import load_with_head
 from tunery.models.target import load_adapter
+from tunery.observe import state_of
 from tunery.reference import drop_reference, keep_reference
 from tunery.report import NullReport, Report
 from tunery.rollout.rollouts import Rollouts
@@ -178,8 +179,8 @@ def _evaluate(run: Run, report: Report | NullReport, step: int) -> float:
         rewards = {name: value / weight for name, (value, weight) in figures.items() if weight}
         report.evaluation(step, -rewards.get("reward", 0.0), rewards)
         return -rewards.get("reward", 0.0)
-    streams = evaluation_streams(run.data.eval, run.cut)
-    metrics = evaluate(run.objective, run.policy, run.model, streams, run.engine)
+    steps = evaluation_steps(run.data.eval, run.cut)
+    metrics = evaluate(run.objective, run.policy, run.model, steps, run.engine)
     loss = metrics.pop("loss")
     report.evaluation(step, loss, metrics)
     return loss
@@ -191,6 +192,7 @@ def _save(run: Run, report: Report | NullReport, step: int, best: dict[str, Any]
         state = {
             "step": step, "total_steps": run.total_steps, "best": best, "versions": run.versions,
             "frozen_states": run.policy.boundary is not None, "fallen_to": run.state.get("fallen_to"),
+            "objective": state_of(run.objective),
         }  # fmt: skip
         keep_best = best["step"] if run.job.eval.best else None
         checkpoint.save(

@@ -11,6 +11,7 @@ from tunery.config import build
 from tunery.engine import Engine
 from tunery.errors import TuneryError
 from tunery.job import load_job
+from tunery.observe import put_back
 from tunery.policy import REFERENCE
 from tunery.reference import needs_reference, starting
 from tunery.run_folder import CONFIG
@@ -31,6 +32,7 @@ def replay(folder: Path) -> Iterator[str]:
     model, _ = load_start(job, build("adapters", job.adapter), folder, engine)
     policy = make_policy(job, model, engine.dtype)
     objective, step = build("objectives", job.objective), record["step"]
+    put_back(objective, record.get("objective"))
     if needs_reference(objective) and any(REFERENCE not in batch.extra for batches in ranks for batch in batches):
         policy.at_start = starting(job, engine, model, folder.parent, resumed=True)
     model.train()

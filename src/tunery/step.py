@@ -20,6 +20,7 @@ from tunery.data.store import TokenStore
 from tunery.engine import Numbers
 from tunery.errors import NonFiniteError
 from tunery.fallback import attempt, fall
+from tunery.observe import observed, observes, state_of
 from tunery.report import NullReport, Report
 from tunery.setup import Run
 from tunery.types import Batch
@@ -51,8 +52,18 @@ def total_weight(run: Run, work: Step, interrupted: bool) -> tuple[float, bool]:
 def gradients(run: Run, report: Report | NullReport, step: int, work: Step, weight: float) -> Gradients:
     """The step's gradients, on ever lower rungs where memory runs out. The ranks agree on that before any gradient is
     summed, since one that fails would leave the others waiting."""
+    to_observe = observes(run.objective)
     while True:
         run.engine.seed(run.job.train.seed, step)
+        if to_observe:
+            seen = attempt(partial(observed, run.objective, run.policy, run.model, work, run.engine))
+            ran_out = run.engine.largest(0 if seen is not None else work.largest)
+            if seen is None or ran_out:
+                fall(run, report, ran_out, run.loader.longest or work.longest, f"in step {step + 1}")
+                work = work.recut(run.cut)
+                continue
+            run.objective.take_in(run.engine.sum_metrics(seen), training=True)  # type: ignore[attr-defined]
+            to_observe = False
         made = attempt(partial(forward_backward, run, work.micro, weight))
         ran_out = run.engine.largest(0 if made is not None else work.largest)
         if made is not None and not ran_out:
@@ -118,7 +129,7 @@ def _fail(run: Run, taken: Taken) -> None:
     origins = {row: origin(run, row) for finding in findings for row in finding.rows}
     folder = run.output / f"failure-step-{step + 1}"
     if engine.is_main:
-        guard.keep_failure(folder, step, everyone, origins)
+        guard.keep_failure(folder, step, everyone, origins, state_of(run.objective))
         run.save_weights(folder)
     raise NonFiniteError(guard.explain(step + 1, findings, origins, run.output))
 

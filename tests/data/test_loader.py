@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tunery.data.loader import Cut, Loader, StreamLoader, cut, evaluation_streams
+from tunery.data.loader import Cut, Loader, StreamLoader, cut, evaluation_steps
 from tunery.data.order import Order, epoch_order
 from tunery.types import Tokens
 
@@ -79,7 +79,9 @@ def test_the_cut_keeps_every_sequence_whole(packing, world):
 
 
 def test_evaluation_visits_every_row_once():
-    assert set(rows_of(evaluation_streams(Rows(1100), Cut(256)))) == set(range(1100))
+    assert set(rows_of(batch for step in evaluation_steps(Rows(1100), Cut(256)) for batch in step.micro)) == set(
+        range(1100)
+    )
 
 
 class Streamed:

@@ -197,9 +197,12 @@ class StreamLoader:
         return 0.0
 
 
-def evaluation_streams(store: Store, how: Cut) -> Iterator[Batch]:
-    """This rank's share of all examples, in streams, packed a window at a time so that little is held."""
-    window = 1024
-    for start in range(0, len(store), window):
-        rows = list(range(start, min(start + window, len(store))))
-        yield from cut([store.sequences(row) for row in rows], rows, how)
+# Examples of an evaluation that are cut, and observed, together.
+WINDOW = 1024
+
+
+def evaluation_steps(store: Store, how: Cut) -> Iterator[Step]:
+    """All examples, a window at a time so that little is held, each with this rank's share as streams."""
+    for start in range(0, len(store), WINDOW):
+        rows = list(range(start, min(start + WINDOW, len(store))))
+        yield make_step([store.sequences(row) for row in rows], rows, how)

@@ -164,8 +164,10 @@ class Objective:
         pairs = self._pairs(policy, batch, policy.logps(batch))
         return {"rewards": (self.config.beta * (pairs.chosen_P + pairs.rejected_P).sum(), 2 * pairs.count)}
 
-    def take_in(self, seen: Mapping[str, tuple[float, float]]) -> None:
-        """The same of all the step's streams and ranks."""
+    def take_in(self, seen: Mapping[str, tuple[float, float]], training: bool = True) -> None:
+        """The same of all the step's streams and ranks. What an evaluation sees is not remembered."""
+        if not training:
+            return
         total, count = seen.get("rewards", (0.0, 0.0))
         self.rewards_seen = (self.rewards_seen[0] + total, self.rewards_seen[1] + count)
 
