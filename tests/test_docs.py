@@ -17,7 +17,7 @@ from tunery.job import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("data", "templates", "plan", "troubleshooting", "extending")
+PAGES = ("data", "templates", "plan", "troubleshooting", "extending", "objectives")
 
 
 @dataclass
