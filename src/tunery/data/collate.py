@@ -30,7 +30,7 @@ def collate(sequences: Sequence[Tokens], rows: Sequence[int] = (), share: bool =
         pieces = [Piece(number, 0, len(tokens)) for number, tokens in enumerate(sequences)]
     parts = [(sequences[piece.sequence], piece) for piece in pieces]
     lengths = [piece.end - piece.start for piece in pieces]
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(lengths, dtype=np.int64)
     ids = np.concatenate([tokens.ids[piece.start : piece.end] for tokens, piece in parts]).astype(np.int64)
     weights = np.concatenate([tokens.weights[piece.start : piece.end] for tokens, piece in parts]).astype(np.float32)
     targets = np.roll(ids, -1)
