@@ -15,7 +15,7 @@ from tunery.data.sources import Source
 from tunery.job import Job
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
-KINDS = {"objective": "objectives", "adapter": "adapters", "optimizer": "optimizers"}
+KINDS = {"objective": "objectives", "rewards": "rewards", "adapter": "adapters", "optimizer": "optimizers"}
 
 HEAD = """# Configuration reference
 

@@ -50,7 +50,7 @@ TROUBLES = {
         {"completions_clipped_ratio": lambda x: 0.1 + 0.8 * x},
     ],
     "entropy collapse": [{"entropy": lambda x: 0.8 * (1 - x) ** 2 + 0.01}],
-    "KL blow-up": [{"kl": lambda x: 0.02 if x < 0.7 else 3.0}],
+    "kl blow-up": [{"kl": lambda x: 0.02 if x < 0.7 else 3.0}],
     "all groups equal": [{"frac_reward_zero_std": lambda x: 1.0, "reward": lambda x: 0.0}],
     "generator differs": [{"rollout_difference": lambda x: 0.2}],
     "reward does not rise": [{"reward": lambda x: 0.3, "frac_reward_zero_std": lambda x: 0.2}],

@@ -17,7 +17,7 @@ from tunery.job import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("data", "templates", "plan", "troubleshooting", "extending", "objectives")
+PAGES = ("data", "templates", "plan", "troubleshooting", "extending", "objectives", "rewards")
 
 
 @dataclass
@@ -193,9 +193,10 @@ def test_the_table_of_templates_is_that_of_the_folder():
 
 
 def test_every_diagnosis_is_explained():
-    """Each kind that diagnose.py can find is a heading there."""
-    source = ast.parse((ROOT / "src/tunery/diagnose.py").read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    """Each kind that diagnose.py and diagnose_rewards.py can find is a heading there."""
+    texts = [(ROOT / f"src/tunery/{name}.py").read_text(encoding="utf-8") for name in ("diagnose", "diagnose_rewards")]
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     found = {ast.literal_eval(node.args[0]) for node in calls if node.func.id == "Diagnosis"}  # type: ignore[attr-defined]
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     headings = {head.lower() for head in re.findall(r"^### (.*)$", text, re.MULTILINE)}

@@ -124,7 +124,7 @@ def kl_blow_up(steps: Sequence[Step]) -> Diagnosis | None:
     if not (now > 0.5 and now > 5 * middle):
         return None
     return Diagnosis(
-        "KL blow-up",
+        "kl blow-up",
         f"The policy is running away from where it started: {middle:.3g} nats a token at mid-run, {now:.3g} now. It "
         f"may have found answers that please the reward and nobody else. Lower optimizer.lr or raise objective.beta. "
         f"{READ}",
@@ -147,14 +147,14 @@ def generator_differs(steps: Sequence[Step]) -> Diagnosis | None:
 
 
 def reward_stays(steps: Sequence[Step]) -> Diagnosis | None:
-    """The reward of the last third is not above that of the first by a standard error, and groups do differ."""
+    """The reward of the last third is not above that of the first by two standard errors, and groups do differ."""
     rewards, shares = _curve(steps, REWARD), _curve(steps, EQUAL)
     if len(rewards) < 2 * ENOUGH or (shares and fmean(shares) > 0.7):
         return None
     third = len(rewards) // 3
     first, last = rewards[:third], rewards[-third:]
     error = math.hypot(stdev(first), stdev(last)) / math.sqrt(third)
-    if fmean(last) > fmean(first) + error:
+    if fmean(last) > fmean(first) + 2 * error:
         return None
     return Diagnosis(
         "reward does not rise",
