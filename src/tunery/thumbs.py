@@ -27,7 +27,8 @@ def encode_thumbs(examples: Sequence[Example], template: Any) -> list[list[Token
     single = [example for example in examples if example.rejected is None]
     why = [_unfit(example) for example in single]
     fit = [replace(example, label=None) for example, refused in zip(single, why, strict=True) if refused is None]
-    of_pairs, of_fit = iter(encode_pairs(pairs, template)), iter(template.encode_many(fit, train="last"))
+    of_pairs = iter(encode_pairs(pairs, template) if pairs else [])
+    of_fit = iter(template.encode_many(fit, train="last") if fit else [])
     of_single = iter([refused or next(of_fit) for refused in why])
     made = []
     for example in examples:
