@@ -278,3 +278,30 @@ def test_what_is_asked_is_checked_before_the_model_loads(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("20kb", 20_000), ("0.5 MB", 500_000), ("1TB", 10**12)])
 def test_shard_sizes_are_those_of_transformers(text, size):
     assert module._shard_size(text) == size
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_reward_model(dtype, base, tmp_path):
+    """Merged and as an adapter: the values that transformers and PEFT give before, one conversation at a time."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(2)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="SEQ_CLS")
+    tuned = get_peft_model(model, config)
+    expected = logits(tuned)
+    tuned.save_pretrained(tmp_path / "run")
+    byte_tokenizer().save_pretrained(tmp_path / "run")
+    report = export(tmp_path / "run", tmp_path / "merged", dtype=dtype)
+    assert (
+        report["scores"] and report["kind"] == "merged" and report["written"]["error"] < report["written"]["tolerance"]
+    )
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.config.num_labels == 1 and merged.config.pad_token_id == 257
+    near = 1e-5 if dtype is None else 0.1 * float(expected.abs().max()) + 0.02
+    assert (logits(merged) - expected).abs().max() < near
+    export(tmp_path / "run", tmp_path / "alone", adapter_only=True)
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    assert (logits(PeftModel.from_pretrained(fresh, tmp_path / "alone")) - expected).abs().max() < 1e-6
+    again = export(tmp_path / "merged", tmp_path / "again")
+    assert again["kind"] == "model" and again["scores"]
