@@ -100,6 +100,31 @@ def test_sampling_repeats_under_its_seed_and_changes_with_it(generator):
     assert sample(1)[0] != sample(1)[1]  # the same question twice: two draws
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=24, temperature=1.3, top_k=50, seed=7)])
+def test_a_prompt_asked_several_times_is_answered_as_alone(generator, sampling):
+    """It runs once for all of them."""
+    texts = [text for text in PROMPTS[:3] for _ in range(3)]
+    together = in_order(generator, asked(*texts), sampling)
+    for i, text in enumerate(texts):
+        (alone,) = generator.generate([Request([Message("user", text)], number=i)], sampling)
+        assert alone.ids == together[i].ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_log_probabilities_are_those_of_the_model(generator, temperature):
+    """By one forward over prompt and answer; at the sampling's temperature, before top-k and top-p."""
+    telling = HFGenerator(generator.model, generator.tokenizer, generator.template, logps=True)
+    sampling = Sampling(max_new_tokens=12, temperature=temperature, top_k=20, top_p=0.9)
+    requests = asked(*PROMPTS, PROMPTS[0])
+    for completion, prompt in zip(in_order(telling, requests, sampling), telling.prompts(requests), strict=True):
+        with torch.no_grad():
+            logits = telling.model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
+        logps = (logits / (temperature or 1.0)).log_softmax(-1)
+        expected = logps.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        assert completion.logps == pytest.approx(expected.tolist(), abs=1e-4)
+    assert in_order(generator, asked("Hi"), sampling)[0].logps == []
+
+
 def test_golden_text_of_stories260k():
     folder = assets() / "models" / "stories260K"
     golden = re.search(r"-t 0\.0\n(.*?)\n```", (folder / "stories260K.md").read_text(), re.DOTALL)
@@ -149,10 +174,11 @@ def test_other_families_equal_the_library(family):
     model.eval()
     generator = HFGenerator(model, byte_tokenizer(), chat_template())
     assert generator.cached is (family != "mamba")
-    expected = [library_ids(model, p, sorted(generator.end_ids), 24) for p in generator.prompts(asked(*PROMPTS))]
+    texts = [*PROMPTS, PROMPTS[2]]  # one twice: it runs once
+    expected = [library_ids(model, p, sorted(generator.end_ids), 24) for p in generator.prompts(asked(*texts))]
     if family == "gemma2" and model._supports_sdpa:  # it leaves the cap out
         model.set_attn_implementation("sdpa")
-    assert [completion.ids for completion in in_order(generator, asked(*PROMPTS), GREEDY)] == expected
+    assert [completion.ids for completion in in_order(generator, asked(*texts), GREEDY)] == expected
 
 
 def test_without_a_cache_the_answers_are_the_same(generator):

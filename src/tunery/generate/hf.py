@@ -307,15 +307,19 @@ class HFGenerator:
 
 
 class _State:
-    """The batch on the device: what goes into the next forward, the mask so far, the cache."""
+    """The batch on the device: what goes into the next forward, the mask so far, the cache. A prompt that several rows
+    have runs once; each of them goes on from a copy of what it left in the cache (`spread`: the prompt of each row)."""
 
     def __init__(self, generator: HFGenerator, rows: list[_Row], sampling: Sampling):
         self.generator = generator
         base = unwrap(generator.model)
-        longest = max(len(row.prompt) for row in rows)
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(tuple(row.prompt) for row in rows))}
+        longest = max(map(len, numbers))
         pad = generator.tokenizer.pad_token_id or 0  # masked, so any token will do
-        lines = [[pad] * (longest - len(row.prompt)) + row.prompt for row in rows]
-        masks = [[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in rows]
+        lines = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in numbers]
+        masks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in numbers]
+        places = torch.tensor([numbers[tuple(row.prompt)] for row in rows], device=base.device)
+        self.spread = places if len(numbers) < len(rows) else None
         self.ids_BP = torch.tensor(lines, device=base.device)
         self.mask_BP = torch.tensor(masks, device=base.device)
         self.positions_BP = (self.mask_BP.cumsum(-1) - 1).clamp(min=0)
@@ -329,7 +333,14 @@ class _State:
         output = self.generator.model(
             input_ids=self.ids_BP, attention_mask=self.mask_BP, past_key_values=self.cache, use_cache=True, **options
         )
-        return output.logits[:, -1]
+        logits_BV = output.logits[:, -1]
+        if self.spread is not None:
+            spread_B, self.spread = self.spread, None
+            self.cache.reorder_cache(spread_B)  # type: ignore[arg-type]  # an index_select over rows, which may repeat some
+            logits_BV = logits_BV[spread_B]
+            self.ids_BP, self.mask_BP = self.ids_BP[spread_B], self.mask_BP[spread_B]
+            self.positions_BP = self.positions_BP[spread_B]
+        return logits_BV
 
     def next(self, tokens: list[int], keep: list[int]) -> None:
         """Goes on with `tokens`, in the rows numbered in `keep` only."""
