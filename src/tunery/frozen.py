@@ -93,7 +93,8 @@ def _exact(run: Run) -> tuple[str | None, Probed]:
     """What forbids it whatever the machine, and what the probe found."""
     nothing = Probed(None)
     if not isinstance(run.loader, Loader):
-        return "the data are streamed", nothing
+        streamed = not isinstance(run.data.train, TokenStore)
+        return "the data are streamed" if streamed else "the answers are generated", nothing
     if run.total_steps <= run.loader.steps_per_epoch:
         return "the run sees each row once", nothing
     if run.job.train.neftune is not None:

@@ -22,7 +22,7 @@ CONFIG, REFUSED, DATA = "tunery.yaml", "data_refused.jsonl", "data_report.json"
 # What may change between a run and its resume without changing the result.
 FREE = {"output", "report", "train.resume", "train.log_every", "train.save_every", "train.keep", "train.micro_tokens",
         "train.checkpointing", "train.packing", "data.workers", "data.cache", "eval.generate",
-        "eval.max_new_tokens", "adapter.cache", "objective.reference"}  # fmt: skip
+        "eval.max_new_tokens", "adapter.cache", "rollout.shown", "objective.reference"}  # fmt: skip
 
 
 def versions() -> dict[str, str]:
