@@ -29,9 +29,28 @@ def test_the_ledger_follows_memory_and_work(fake):
         ledger.enter_span("end")
     before, one, two, _ = ledger.spans
     assert (before.end, one.start, one.peak, one.end, two.end) == (KB, KB, 3 * KB, 2 * KB, 0)
-    assert one.work == {(False, 2 * 16**3, 3 * KB): 1, (False, 0, 3 * KB): 1}
-    assert two.freed == {"before": KB, "one": KB} and not two.work
+    assert one.work == {(False, 2 * 16**3, 3 * KB): 1, (False, 0, 3 * KB): 1, (False, 0, 0): 2}  # the views
+    assert two.freed == {"before": KB, "one": KB} and not two.work and not one.products
     assert weight.shape == (16, 16)
+
+
+def test_products_in_16_bits_are_told_apart_by_their_shapes():
+    ledger, low = Ledger(), lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)
+    with ledger:
+        ledger.enter_span("one")
+        for _ in range(3):
+            low(4, 8) @ low(8, 2)
+        low(4, 8) @ low(2, 8).t()  # laid out in another way
+        ledger.enter_span("two")
+        low(4, 8) @ low(8, 2)
+        low(5, 8) @ low(8, 2)
+        torch.zeros(6, 8) @ torch.zeros(8, 2)
+        ledger.note_work(True, 100, 10, operations=5, products=["q k", "p v"])
+        ledger.enter_span("end")
+    _, one, two, _ = ledger.spans
+    assert (len(one.products), len(two.products)) == (2, 4) and two.work[True, 20, 2] == 5
+    profile = Profile({span.name: span for span in (one, two)}, [], [], 0, accumulates=False)
+    assert profile.products() == 5
 
 
 def test_memory_made_before_is_counted_when_it_is_shown():

@@ -188,7 +188,7 @@ def inspect(
 def plan(
     config: Source,
     overrides: Overrides = None,
-    device: Annotated[str | None, typer.Option(help="h200, a100-80g, 4090, t4, cpu, ...; default: this one")] = None,
+    device: Annotated[str | None, typer.Option(help="h200, a100-80g, t4, cpu, cuda:1, ...; default: this one")] = None,
     probe: Annotated[bool, typer.Option(help="run three real steps here and correct the plan by them")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
 ) -> None:

@@ -34,7 +34,7 @@ MOST_OPERATIONS = 50_000
 @dataclass
 class Span:
     """A part of a step. `start`, `peak`, `end`: bytes alive; `freed`: bytes let go in here, by the span they were made
-    in; `work`: operations and how many of each."""
+    in; `work`: operations and how many of each; `products`: the different shapes of those in 16 bits."""
 
     name: Hashable
     start: int
@@ -42,6 +42,7 @@ class Span:
     end: int = 0
     freed: Counter[Hashable] = field(default_factory=Counter)
     work: Counter[Operation] = field(default_factory=Counter)
+    products: set[Hashable] = field(default_factory=set)
 
 
 class TooMany(RuntimeError):
@@ -64,9 +65,15 @@ class Ledger(TorchDispatchMode):
         self.spans[-1].end = self.live
         self.spans.append(Span(name, self.live, self.live))
 
-    def note_work(self, low: bool, flops: int, moved: int) -> None:
-        """Arithmetic that no operation here stands for."""
-        self.spans[-1].work[low, flops, moved] += 1
+    def note_work(
+        self, low: bool, flops: int, moved: int, operations: int = 1, products: Iterable[Hashable] = ()
+    ) -> None:
+        """Arithmetic that no operation here stands for, in so many `operations`, and what tells the shapes of its
+        `products` apart."""
+        span = self.spans[-1]
+        span.work[low, flops // operations, moved // operations] += operations
+        if low:
+            span.products.update(products)
 
     def hand_over(self, tensor: Tensor, name: Hashable) -> None:
         """Count a tensor as made in another span: the last layer's output is one, whatever the number of layers."""
@@ -92,8 +99,10 @@ class Ledger(TorchDispatchMode):
             out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         fresh = [self._storage(t) for t in outputs]
-        if any(fresh) or func._schema.is_mutable:  # the rest are views
+        if any(fresh) or func._schema.is_mutable:
             self._count(func, args, kwargs, out, outputs)
+        else:  # a view, which moves nothing and takes its time
+            self.spans[-1].work[False, 0, 0] += 1
         return out
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor]) -> None:
@@ -104,6 +113,8 @@ class Ledger(TorchDispatchMode):
         low = any(t.dtype in LOW for t in inputs)
         span = self.spans[-1]
         span.work[low, flops, moved] += 1
+        if low and flops:
+            span.products.add((func, *((t.shape, t.stride()) for t in inputs)))
         if self.promotes and torch.Tag.pointwise in func.tags:
             span.peak = max(span.peak, self.live + _promoted(inputs))
 
@@ -236,6 +247,10 @@ class Profile:
         all layers."""
         of_kind = {kind: span.freed[("forward", kind)] for kind in set(self.layers)}
         return sum(of_kind.values()), sum(of_kind[kind] for kind in self.layers)
+
+    def products(self) -> int:
+        """Different shapes of products in 16 bits. Layers of one kind have the same."""
+        return len(set().union(*(span.products for span in self.spans.values())))
 
     def work(self) -> Counter[Operation]:
         """Every operation of the micro-batch, at full depth."""

@@ -21,7 +21,7 @@ from tunery.plan.ladder import ladder
 from tunery.plan.planner import Planner
 from tunery.plan.work import AssumedRows
 
-RATES = Rates(1e12, 1e11, 1e11, 1e-6, overlaps=True)
+RATES = Rates(1e12, 1e11, 1e11, 1e10, 1e-6, 0.0, overlaps=True)
 GPU = Device("a card", "cuda", 80 * GIB, 2**20, 0.04, True, RATES)
 LENGTH = 256
 
@@ -170,6 +170,7 @@ def test_real_steps_correct_times_and_overhead(planner):
     assert after.tokens_per_second == pytest.approx(plan.tokens_per_second / 3)
     assert after.memory.overhead == 12345 and after.memory.weights == plan.memory.weights
     assert "3.00" in after.notes[-1]
+    assert (plan.times, after.times) == ("estimate", "corrected")
 
 
 def test_float16_hardware_computes_in_float32(tmp_path):

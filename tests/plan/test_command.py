@@ -80,6 +80,8 @@ def test_wrong_input_is_one_clear_error(folder):
         plan_job(tiny_job(folder, model={"name": str(folder / "modle")}))
     with pytest.raises(ConfigError, match="did you mean 'h200'"):
         plan_job(tiny_job(folder), "h2000")
+    with pytest.raises(ConfigError, match="--device: is empty"):
+        plan_job(tiny_job(folder), "")
     with pytest.raises(ConfigError, match="leave out --device"):
         plan_job(tiny_job(folder), "h200", probing=True)
     with pytest.raises(ConfigError, match="needs the rows"):

@@ -54,6 +54,12 @@ def test_a_person_reads_the_numbers():
     assert "change" not in text
 
 
+def test_what_the_times_are_is_said():
+    assert "an estimate" in printed(plan()) and plan().to_dict()["times"] == "estimate"
+    after = plan(times="corrected")
+    assert "an estimate" not in printed(after) and "by real steps" in printed(after)
+
+
 def test_the_ladder_is_printed_with_what_cannot_be_set_yet():
     changes = [
         Change("train.checkpointing=full", 18 * GB, True, 4096, 1.4, {"train.checkpointing": "full"}),

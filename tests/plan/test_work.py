@@ -55,3 +55,30 @@ def test_a_typical_stream_has_the_rows_lengths():
     work = work_of(job(), AssumedRows(7, 100), 2048)
     assert work.typical(250).lengths == (100, 100, 50) and work.typical(250).labelled == round(0.99 * 250)
     assert work.typical(40).lengths == (40,)
+
+
+def test_pairs_stay_whole_and_share_their_prompt():
+    random = np.random.default_rng(2)
+
+    def pair(prompt: int) -> list[Tokens]:
+        head = random.integers(0, 99, prompt)
+        made = []
+        for n in (3, 9):
+            ids = np.concatenate([head, random.integers(100, 999, n)]).astype(np.int32)
+            made.append(Tokens(ids, np.repeat([0.0, 1.0], [prompt, n]).astype(np.float32)))
+        return made
+
+    examples = [pair(20 + i) for i in range(12)]
+    store = pack_store([Chunk(examples, [(0, 0, i) for i in range(12)])], ["x"])
+    work = work_of(job(), store, 128)
+    assert work.per_example == 2 and work_of(job(), rows(), 128).per_example == 1
+    for tokens in (30, 75, 200):
+        lengths = work.typical(tokens).lengths
+        assert sum(lengths) == tokens and len(lengths) % 2 == 0
+    stream = work.largest
+    pairs = len(stream.lengths) // 3
+    assert stream.sequences == 2 * pairs and stream.continues == tuple(
+        before for i in range(pairs) for before in (-1, 3 * i, 3 * i)
+    )
+    assert stream.apart.continues == () and stream.apart.tokens == stream.tokens
+    assert len(stream.apart.lengths) == stream.sequences

@@ -120,8 +120,12 @@ def _blocks(
 def pairs(lengths: Sequence[int], dtype: torch.dtype, window: int | None = None) -> int:
     """(query, key) pairs whose scores are made, in a forward in this dtype: those in the blocks, the masked ones
     included."""
-    blocks = _blocks(lengths, BLOCK.get(dtype, 64), window)
-    return sum((end - first) * (end - seen) for seen, first, end, _ in blocks)
+    return sum((end - first) * (end - seen) for seen, first, end, _ in blocks(lengths, dtype, window))
+
+
+def blocks(lengths: Sequence[int], dtype: torch.dtype, window: int | None = None) -> list[Block]:
+    """(first key, first query, end, 0) of every block of a forward in this dtype, as positions in the stream."""
+    return _blocks(lengths, BLOCK.get(dtype, 64), window)
 
 
 def _probabilities(q: Tensor, k: Tensor, before: int, rows: int, window: int | None) -> Tensor:

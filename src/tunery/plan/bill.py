@@ -17,7 +17,8 @@ from tunery.plan.work import AssumedRows, Work
 @dataclass
 class Plan:
     """Sizes in bytes, times in seconds. `flops_per_token` are the useful ones (flops.py). `tokens` of the whole run;
-    None where the end of the data is not known."""
+    None where the end of the data is not known. `times` says what the times are: an "estimate" from the device's rates,
+    or that "corrected" by real steps."""
 
     model: str
     adapter: str
@@ -39,6 +40,7 @@ class Plan:
     tokens: int | None
     seconds: float | None
     disk: int
+    times: str = "estimate"
     ladder: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -122,6 +124,7 @@ def corrected(plan: Plan, planner: Planner, measured: Measured) -> Plan:
         tokens_per_second=plan.tokens_per_second / factor,
         seconds_per_step=plan.seconds_per_step * factor,
         seconds=None if plan.seconds is None else plan.seconds * factor,
+        times="corrected",
         notes=[*plan.notes, note],
     )
 

@@ -25,9 +25,9 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
     load_config(job.model)
     if job.data.streaming:  # rows that are read are checked with the job
         check_job(job)
-    if probing and device:
+    if probing and device is not None:
         raise ConfigError("--probe: runs on this machine; leave out --device")
-    found = known_device(device) if device else this_device()
+    found = known_device(device) if device is not None else this_device()
     read, note = read_rows(job, console)
     if probing and read is None:
         raise ConfigError(f"--probe: needs the rows ({note})")

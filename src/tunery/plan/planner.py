@@ -162,14 +162,17 @@ class Planner:
 
     def step_seconds(self, streams: Sequence[int], rung: str) -> float:
         """Of a step with streams of so many tokens."""
-        line, rates = self.line(rung), self.device.rates
-        update = sum(often * rates.seconds(*operation) for operation, often in self.optimizer[2].items())
-        return sum(line.seconds(tokens) for tokens in streams) + update
+        line = self.line(rung)
+        return sum(line.seconds(tokens) for tokens in streams) + self._time(self.optimizer[2])
 
     def _busy(self, profile: Profile) -> float:
         """Seconds of one micro-batch."""
-        rates, operations = self.device.rates, profile.work()
-        launch = rates.launch * sum(operations.values())
+        return self._time(profile.work(), profile.products())
+
+    def _time(self, operations: Counter[Operation], products: int = 0) -> float:
+        """Seconds of operations, with so many different shapes of products in 16 bits."""
+        rates = self.device.rates
+        launch = rates.launch * sum(operations.values()) + rates.fresh * products
         busy = sum(often * rates.seconds(*operation) for operation, often in operations.items())
         return max(launch, busy) if rates.overlaps else launch + busy
 

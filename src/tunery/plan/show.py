@@ -12,6 +12,8 @@ COLOURS = {
     "temporaries": "bright_black", "overhead": "white",
 }  # fmt: skip
 
+TIMES = {"estimate": "an estimate; times may be off by a factor of two", "corrected": "by real steps"}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -101,6 +103,7 @@ def _ladder(plan: Plan) -> Any:
 def _lines(plan: Plan) -> list[tuple[str, str]]:
     verdict = "fits" if plan.fits else "does not fit"
     ranks = f" x {plan.ranks}" if plan.ranks > 1 else ""
+    step = duration(plan.seconds_per_step)
     lines = [
         ("model", f"{plan.model}: {plan.parameters:,} parameters"),
         ("trains", f"{plan.trainable:,} ({plan.trainable / plan.parameters:.2%}, {plan.adapter}), in {plan.dtype}"),
@@ -111,7 +114,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
             "arithmetic",
             f"{plan.flops_per_token / 1e9:.3g} GFLOP a token ({plan.executed_flops_per_token / 1e9:.3g} executed)",
         ),
-        ("speed", f"about {plan.tokens_per_second:,.0f} tokens/s, {duration(plan.seconds_per_step)} a step"),
+        ("speed", f"about {plan.tokens_per_second:,.0f} tokens/s, {step} a step ({TIMES[plan.times]})"),
     ]
     if plan.steps is not None and plan.tokens is not None and plan.seconds is not None:
         lines.append(("run", f"{plan.steps:,} steps, {plan.tokens:,} tokens: about {duration(plan.seconds)}"))
