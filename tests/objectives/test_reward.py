@@ -215,6 +215,16 @@ def test_it_learns_and_a_resumed_run_equals_one_that_was_never_stopped(tmp_path,
     assert same(cut_off, Path(job.output))
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_the_plan_runs_it_on_shapes(tmp_path, share):
+    from tunery.plan.command import plan_job
+
+    plan = plan_job(pair_job(tmp_path, model={"dtype": "float32"}, train={"share_prompts": share}), "cpu")
+    assert plan.notes == [] and plan.steps == 6
+    head = 8 * 32 * 4  # far from a vocabulary's logits
+    assert plan.memory.logits <= 64 * head and plan.trainable == 4096 + 32
+
+
 def test_rows_that_are_no_pairs_and_options_that_could_do_nothing_are_refused(tmp_path):
     job = pair_job(tmp_path, data={"train": str(tmp_path / "train.jsonl")})
     with pytest.raises(Exception, match="no rejected answer"):
