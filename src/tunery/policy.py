@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunery.errors import ModelError
 from tunery.kernels import compiled, linear_cross_entropy
-from tunery.kernels.linear_cross_entropy import chunk_rows
+from tunery.kernels.linear_cross_entropy import TokenLosses, chunk_rows, token_losses
 from tunery.models.attention import library_attention, set_attention
 from tunery.models.boundary import Boundary, Enough, Probed, probe
 from tunery.models.parts import Parts, cap_and_scale, scalar, take_apart, unwrap
@@ -67,8 +67,8 @@ class CausalPolicy:
         self.at_start: Callable[[], AbstractContextManager[None]] | None = None
         self.device = next(model.parameters()).device
         native = self.device.type == "cpu" and compiled.ready()
-        fast = partial(linear_cross_entropy.linear_cross_entropy, compiled=native)
-        self.head_loss = linear_cross_entropy.reference if reference_head else fast
+        fast = partial(linear_cross_entropy.linear_token_losses, compiled=native)
+        self.head_losses = linear_cross_entropy.reference_token_losses if reference_head else fast
         self.parts: Parts | None = take_apart(model)
         self.packs = not _rotary_of_the_whole(self.causal.config, max_length)
         if not self.packs:
@@ -88,25 +88,29 @@ class CausalPolicy:
 
     def nll(self, batch: Batch) -> Tensor:
         """sum_t weights_T[t] * -log p(targets_T[t] | before): a scalar, float32 or wider."""
+        return self.token_losses(batch).total
+
+    def token_losses(self, batch: Batch, dft: bool = False, z_loss: float = 0.0) -> TokenLosses:
+        """The same and its relatives, as kernels/linear_cross_entropy.py has them."""
         rows = batch.labelled_N
         targets_N, weights_N = batch.targets_T[rows], batch.weights_T[rows]
-        if self.parts is not None:
-            h_NH = self._hidden(batch)[rows]
-            plain = _plain_head(self.parts.head)
-            if plain is not None:
-                return self.head_loss(
-                    h_NH, plain.weight, targets_N, weights_N, plain.bias, self.parts.scale, self.parts.softcap
-                )
-            return -(self._logps_of(h_NH, targets_N) * weights_N).sum()
-        return -(self._logps_full(batch)[rows] * weights_N).sum()
+        if self.parts is None:
+            return token_losses(*(x[rows] for x in self._logps_full(batch)), weights_N, dft, z_loss)
+        h_NH, plain = self._hidden(batch)[rows], _plain_head(self.parts.head)
+        if plain is None:
+            return token_losses(*self._logps_of(h_NH, targets_N), weights_N, dft, z_loss)
+        return self.head_losses(
+            h_NH, plain.weight, targets_N, weights_N, plain.bias, self.parts.scale, self.parts.softcap, dft=dft,
+            z_loss=z_loss,
+        )  # fmt: skip
 
     def logps(self, batch: Batch) -> Tensor:
         """log p(targets_T[t] | before), [T]; 0 where the weight is 0. Takes any upstream gradient: each chunk of
         logits is recomputed in the backward."""
         if self.parts is None:
-            return torch.where(batch.weights_T != 0, self._logps_full(batch), 0.0)
+            return torch.where(batch.weights_T != 0, self._logps_full(batch)[0], 0.0)
         rows = batch.labelled_N
-        logps_N = self._logps_of(self._hidden(batch)[rows], batch.targets_T[rows])
+        logps_N = self._logps_of(self._hidden(batch)[rows], batch.targets_T[rows])[0]
         return torch.zeros(batch.n_tokens, dtype=logps_N.dtype, device=logps_N.device).index_put((rows,), logps_N)
 
     def reference_logps(self, batch: Batch) -> Tensor:
@@ -161,31 +165,38 @@ class CausalPolicy:
         hidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return hidden.to(self.dtype) if self.dtype in LOW else hidden
 
-    def _logps_of(self, h_NH: Tensor, targets_N: Tensor) -> Tensor:
-        """Per-row log-probabilities in chunks, [N]."""
+    def _logps_of(self, h_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-row log-probabilities and logsumexp of the logits, in chunks, [N] each."""
         assert self.parts is not None
         parts = self.parts
 
-        def chunk_logps(h: Tensor, y: Tensor) -> Tensor:
+        def chunk_logps(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             with self.autocast():
                 z = cap_and_scale(parts.head(h), parts.scale, parts.softcap)
                 z = z if self.temperature == 1.0 else z / self.temperature
-            return z.gather(1, y[:, None])[:, 0] - z.logsumexp(-1)
+            lse = z.logsumexp(-1)
+            return z.gather(1, y[:, None])[:, 0] - lse, lse
 
         size = chunk_rows(parts.causal.config.get_text_config().vocab_size, h_NH.device)
-        pieces = [
+        pieces: list[Any] = [
             checkpoint(chunk_logps, h, y, use_reentrant=False)
             for h, y in zip(h_NH.split(size), targets_N.split(size), strict=True)
         ]
-        return torch.cat(pieces)  # type: ignore[arg-type]
+        logps, lse = zip(*pieces, strict=True)
+        return torch.cat(logps), torch.cat(lse)
 
-    def _logps_full(self, batch: Batch) -> Tensor:
-        """Per-token log-probabilities through the model's own head, [T]."""
+    def _logps_full(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same of each token through the model's own head, [T] each."""
+        logits = self._logits_full(batch) / self.temperature
+        lse = logits.logsumexp(-1)
+        return logits.gather(1, batch.targets_T[:, None])[:, 0] - lse, lse
+
+    def _logits_full(self, batch: Batch) -> Tensor:
+        """Logits through the model's own head, [T, V], float32 or wider."""
         with self.autocast(), self._beginning(batch):
             pieces = [self.causal(use_cache=False, **inputs).logits[0] for inputs in self._inputs(batch)]
         logits = torch.cat(pieces)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        return logits.gather(1, batch.targets_T[:, None])[:, 0] - logits.logsumexp(-1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _inputs(self, batch: Batch) -> Iterator[dict[str, Any]]:
         """What the model is called with: the whole stream at once, or one sequence after the other."""

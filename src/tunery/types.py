@@ -229,6 +229,11 @@ class Policy(Protocol):
         """sum_t weights_T[t] * -log p(targets_T[t] | before), a scalar; its gradient is made in the forward."""
         ...
 
+    def token_losses(self, batch: Batch, dft: bool = False, z_loss: float = 0.0) -> Any:
+        """nll's relatives, (total, nll, squares) as kernels/linear_cross_entropy.py's TokenLosses has them; only
+        `total` has a gradient."""
+        ...
+
     def logps(self, batch: Batch) -> Tensor:
         """log p of each target, float32 [T]; 0 where the weight is 0. Takes any upstream gradient."""
         ...

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from tiny_model import byte_tokenizer
 from tiny_models import random_sequences, reference_loss, tiny_model
 from tunery.config import build, load_kind
 from tunery.data.collate import collate
+from tunery.kernels.linear_cross_entropy import linear_token_losses
+from tunery.models.load import hook_attention
+from tunery.objectives import sft
 from tunery.policy import CausalPolicy
 from tunery.types import Example, Message
 
@@ -63,3 +69,97 @@ def test_sft_says_that_it_does_not_use_the_rejected_answer():
         == "rows with a rejected answer, which objective sft does not use"
     )
     assert module.Objective(module.Config()).unused(chat("a")) is None
+
+
+# ------------------------------------------------------------ relatives
+
+
+def one_token(**options) -> tuple[float, torch.Tensor]:
+    """Logits (0, ln 3), target 0, weight 2: p = 1/4, logsumexp = ln 4. The loss and its gradient by the logits."""
+    z = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)
+    head = torch.eye(2, dtype=torch.float64)
+    z.requires_grad_()
+    losses = linear_token_losses(z, head, torch.tensor([0]), torch.tensor([2.0]), **options)
+    losses.total.backward()
+    assert z.grad is not None
+    assert float(losses.nll) == pytest.approx(2 * math.log(4))
+    return float(losses.total.detach()), z.grad[0]
+
+
+def test_dft_and_z_loss_by_hand():
+    """dft: 2 * 1/4 * ln 4, slope 2 * 1/4 * (1/4 - 1, 3/4). z_loss 0.1: 0.1 * 2 * (ln 4)^2 more, and 0.4 ln 4 p."""
+    loss, slope = one_token(dft=True)
+    assert loss == pytest.approx(0.5 * math.log(4))
+    torch.testing.assert_close(slope, torch.tensor([-0.375, 0.375], dtype=torch.float64))
+    loss, slope = one_token(dft=True, z_loss=0.1)
+    assert loss == pytest.approx(0.5 * math.log(4) + 0.2 * math.log(4) ** 2)
+    more = 0.4 * math.log(4)
+    torch.testing.assert_close(slope, torch.tensor([-0.375 + more / 4, 0.375 + more * 0.75], dtype=torch.float64))
+
+
+RELATIVES = [{"loss": "dft"}, {"z_loss": 1e-2}, {"loss": "dft", "z_loss": 1e-2}]
+
+
+def gradient(policy, objective, batches) -> tuple[torch.Tensor, torch.Tensor]:
+    policy.model.zero_grad()
+    total = torch.stack([objective.loss(policy, batch).sum for batch in batches]).sum()
+    total.backward()
+    grads = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
+    return total.detach(), torch.cat(grads)
+
+
+@pytest.mark.parametrize("options", RELATIVES, ids=str)
+@pytest.mark.parametrize("family", ["granite", "gemma2"])  # scaled; capped, and partly in float32
+def test_relatives_are_the_same_for_every_path_and_cut(family, options):
+    """Fused head, all logits at once, the head behind a wrapper, the model's own head; one stream or one each."""
+    model = tiny_model(family).eval()
+    objective = sft.Objective(sft.Config(**options))
+    batches = [collate([s]) for s in random_sequences()]
+    policies = [CausalPolicy(model, dtype=torch.float64, reference_head=flag) for flag in (False, True)]
+    results = [gradient(policies[0], objective, batches)]
+    results += [gradient(policy, objective, [collate(random_sequences())]) for policy in policies]
+    assert policies[0].parts is not None
+    policies[0].parts.head = torch.nn.Sequential(policies[0].parts.head)
+    results.append(gradient(policies[0], objective, batches))
+    policies[0].parts = None
+    results.append(gradient(policies[0], objective, batches))
+    for loss, grads in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(grads, results[0][1], rtol=1e-6, atol=1e-10 if family == "granite" else 1e-5)
+
+
+def test_trls_dft_loss(tmp_path):
+    """TRL's trainer on the same model and ids; its loss is a mean over the labelled tokens, which weigh 1."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    tokens = random_sequences((14,))[0]
+    tokens.weights = (tokens.weights > 0).astype("float32")
+    ids = torch.from_numpy(tokens.ids.astype("int64"))[None]
+    labels = torch.where(torch.from_numpy(tokens.weights)[None] != 0, ids, -100)
+    model = tiny_model("llama", torch.float32, hook=False).eval()
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), loss_type="dft", use_cpu=True, report_to=[], eos_token=None, bf16=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    trainer = trl.SFTTrainer(model, args, train_dataset=rows, processing_class=byte_tokenizer())
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    theirs = trainer.compute_loss(model, inputs)
+    theirs.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    hook_attention(model)
+    mine = sft.Objective(sft.Config(loss="dft")).loss(CausalPolicy(model), collate([tokens])).sum / tokens.labelled
+    mine.backward()
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-6)
+
+
+def test_metrics_say_what_the_loss_is_made_of():
+    policy = CausalPolicy(tiny_model().eval(), dtype=torch.float64)
+    batch = collate(random_sequences())
+    plain = sft.Objective(sft.Config()).loss(policy, batch).sum
+    metrics = sft.Objective(sft.Config(z_loss=0.1)).loss(policy, batch).metrics
+    torch.testing.assert_close(metrics["nll"][0], plain.detach())
+    torch.testing.assert_close(metrics["loss"][0], metrics["nll"][0] + metrics["z_loss"][0])

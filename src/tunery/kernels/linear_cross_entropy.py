@@ -3,12 +3,16 @@
 Only labelled rows come in; they are taken in chunks, and because pretraining and SFT know every token's weight
 beforehand, the gradient is made in the forward: z = h W^T, then in place dz = w (softmax(z) - onehot(y)),
 dh = dz W, and dW += dz^T h only if the head trains. The logits of one chunk are all that is ever alive (the idea of
-Apple's Cut Cross-Entropy, arXiv:2411.09009, and Liger Kernel, arXiv:2410.10989)."""
+Apple's Cut Cross-Entropy, arXiv:2411.09009, and Liger Kernel, arXiv:2410.10989).
+
+Two relatives differ in dz alone. DFT (Wu et al., arXiv:2508.05629, eq. 9) weighs each token by its own probability, of
+which no gradient is taken: w softmax(z)[y] in the place of w. The z-loss (PaLM, Chowdhery et al., arXiv:2204.02311,
+section 5) adds c w lse(z)^2, and so 2 c w lse(z) softmax(z) to dz."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +23,21 @@ from tunery.kernels.backends import runs_compiled
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
-def linear_cross_entropy(
+class TokenLosses(NamedTuple):
+    """Scalars, float32 (or float64): `total` with a gradient; `nll`, the plain sum of w * -log p, and `squares`, of
+    w * logsumexp(logits)^2, without."""
+
+    total: Tensor
+    nll: Tensor
+    squares: Tensor
+
+
+def linear_cross_entropy(*head: Any, **options: Any) -> Tensor:
+    """sum_n weights[n] * -log p[targets[n]] alone, of what `linear_token_losses` takes."""
+    return linear_token_losses(*head, **options).total
+
+
+def linear_token_losses(
     h_NH: Tensor,
     weight_VH: Tensor,
     targets_N: Tensor,
@@ -28,16 +46,22 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     compiled: bool = False,
-) -> Tensor:
-    """sum_n weights[n] * -log softmax(cap(scale * (h[n] W^T + b)))[targets[n]], a float32 (or float64) scalar.
+    dft: bool = False,
+    z_loss: float = 0.0,
+) -> TokenLosses:
+    """total = sum_n weights[n] * -log softmax(cap(scale * (h[n] W^T + b)))[targets[n]], a float32 (or float64) scalar;
+    with `dft` and `z_loss` (c) as above.
 
     cap(z) = softcap * tanh(z / softcap) when given (Gemma 2, arXiv:2408.00118, section 2). Matmuls run in h's dtype,
     the softmax in float32 or wider. Zero rows give a zero that still carries (zero) gradients. `compiled` asks for
-    compiled.py's softmax on a CPU (in bfloat16 and float32; without a bias or a cap)."""
+    compiled.py's softmax on a CPU (in bfloat16 and float32; without a bias, a cap, `dft` or `z_loss`)."""
     if not torch.is_grad_enabled():  # or the gradients would be made all the same
         h_NH, weight_VH = h_NH.detach(), weight_VH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    return _LinearCrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, weights_N, scale, softcap, compiled)
+    compiled = compiled and bias_V is None and softcap is None and not dft and not z_loss
+    return TokenLosses(
+        *_LinearCrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, weights_N, scale, softcap, compiled, dft, z_loss)
+    )
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -45,7 +69,11 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(1, CHUNK_LOGITS["cpu" if device.type == "cpu" else "cuda"] // vocabulary)
 
 
-def reference(
+def reference(*head: Any, **options: Any) -> Tensor:
+    return reference_token_losses(*head, **options).total
+
+
+def reference_token_losses(
     h_NH: Tensor,
     weight_VH: Tensor,
     targets_N: Tensor,
@@ -53,14 +81,25 @@ def reference(
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-) -> Tensor:
-    """The same number the obvious way, for tests: all logits at once, gradients by autograd."""
+    dft: bool = False,
+    z_loss: float = 0.0,
+) -> TokenLosses:
+    """The same numbers the obvious way, for tests: all logits at once, gradients by autograd."""
     logits_NV = torch.nn.functional.linear(h_NH, weight_VH.to(h_NH.dtype), bias_V)
     logits_NV = logits_NV.to(torch.promote_types(h_NH.dtype, torch.float32)) * scale
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
     nll_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
-    return (nll_N * weights_N).sum()
+    return token_losses(-nll_N, logits_NV.logsumexp(-1), weights_N, dft, z_loss)
+
+
+def token_losses(logps_N: Tensor, lse_N: Tensor, weights_N: Tensor, dft: bool, z_loss: float) -> TokenLosses:
+    """By definition, from the targets' log-probabilities and the logarithms of the softmax's sums."""
+    nll_N, squares_N = -logps_N * weights_N, lse_N.square() * weights_N
+    total = (nll_N * logps_N.detach().exp()).sum() if dft else nll_N.sum()
+    if z_loss:
+        total = total + z_loss * squares_N.sum()
+    return TokenLosses(total, nll_N.detach().sum(), squares_N.detach().sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -75,18 +114,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         compiled: bool,
-    ) -> Tensor:
+        dft: bool,
+        z_loss: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(h_NH.dtype, torch.float32)
         train_h, train_w, train_b = ctx.needs_input_grad[:3]
         w = weight_VH.to(h_NH.dtype)
         chunk = chunk_rows(w.shape[0], h_NH.device)
-        total = torch.zeros((), dtype=wide, device=h_NH.device)
+        total, nll, squares = torch.zeros(3, dtype=wide, device=h_NH.device).unbind()
         dh_NH = torch.empty_like(h_NH) if train_h else None
         dw_VH = (
             torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if train_w else None
         )
         db_V = torch.zeros(w.shape[0], dtype=wide, device=h_NH.device) if train_b else None
-        softmax = _softmax(compiled and bias_V is None and softcap is None, h_NH)
+        softmax = _softmax(compiled, h_NH)
         with torch.autocast(h_NH.device.type, enabled=False):
             for start in range(0, h_NH.shape[0], chunk):
                 rows = slice(start, start + chunk)
@@ -107,13 +148,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if softcap is not None:
                     z = z.div_(softcap).tanh_().mul_(softcap)
                 lse = torch.logsumexp(z, dim=-1)
-                total += ((lse - z.gather(1, y)[:, 0]) * weights).sum()
+                logps = z.gather(1, y)[:, 0] - lse
+                nll -= (logps * weights).sum()
+                squares += (lse.square() * weights).sum()
+                factors = weights * logps.exp() if dft else weights
+                total -= (logps * factors).sum()
                 if not (train_h or train_w or train_b):
                     continue
                 slope = 1.0 - (z / softcap).square() if softcap is not None else None
                 dz = z.sub_(lse[:, None]).exp_()
-                dz.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide))
-                dz *= weights[:, None] * scale
+                if z_loss:
+                    dz *= (factors + 2 * z_loss * lse * weights)[:, None]
+                    dz.scatter_add_(1, y, -factors[:, None])
+                    dz *= scale
+                else:
+                    dz.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide))
+                    dz *= factors[:, None] * scale
                 if slope is not None:
                     dz *= slope
                 if db_V is not None:
@@ -126,13 +176,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads = (dh_NH, None if dw_VH is None else dw_VH.to(weight_VH.dtype), db_V)
         ctx.present = [g is not None for g in grads]
         ctx.save_for_backward(*[g for g in grads if g is not None])
-        return total
+        if softmax is not None:
+            nll = total.clone()
+        if z_loss:
+            total = total + z_loss * squares
+        ctx.mark_non_differentiable(nll, squares)
+        return total, nll, squares
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) * grad_outputs[0] if there else None for there in ctx.present]
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None)
 
 
 def _softmax(wanted: bool, h: Tensor) -> Callable[..., Tensor] | None:
