@@ -246,8 +246,7 @@ def turns(*pairs: tuple[str, str]) -> list[dict]:
     ],
 )
 def test_openai_preference_lines_of_every_shape_mean_the_same(row: dict):
-    columns = {"chosen": "chosen_messages", "rejected": "rejected_messages"} if "chosen_messages" in row else {}
-    example = openai.parse(row, columns, {})
+    example = openai.parse(row, {}, {})
     assert example.messages == [user("Hi"), answer("good")]
     assert example.rejected == [answer("bad")] and example.meta == {"shared": 1}
     assert detect_format([row]) == "openai"
@@ -276,6 +275,41 @@ def test_openai_refuses_bad_rows_with_the_reason(row: dict, reason: str):
     with pytest.raises(RowError) as caught:
         openai.parse(row, {}, {})
     assert caught.value.reason == reason
+
+
+def test_openai_preference_lines_under_other_names():
+    asked = {"messages": turns(("user", "Hi")), "tools": [WEATHER]}
+    row = {"question": asked, "good": turns(("assistant", "good")), "bad": turns(("assistant", "bad"))}
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    assert detect_format([row], columns) == "openai"
+    example = openai.parse(row, columns, {})
+    assert (example.messages, example.rejected) == ([user("Hi"), answer("good")], [answer("bad")])
+    assert example.tools == [{"type": "function", "function": WEATHER}]
+
+
+PAIRS = {
+    "alpaca": {"instruction": "Hi", "chosen": "good", "rejected": "bad"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}], "chosen": "good", "rejected": "bad"},
+    "openai": {"prompt": "Hi", "chosen": "good", "rejected": "bad", "system": "Be kind."},
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pairs_margin_is_a_number_and_thumbs_of_a_table_are_words(name: str):
+    module, row = load_format(name), PAIRS[name]
+    assert module.parse({**row, "margin": 2}, {}, {}).meta["margin"] == 2.0
+    assert module.parse({**row, "margin": "0.5"}, {}, {}).meta["margin"] == 0.5
+    assert module.parse({**row, "gap": -1.5}, {"margin": "gap"}, {}).meta["margin"] == -1.5
+    for none in (row, {**row, "margin": None}, {**row, "margin": ""}):
+        assert "margin" not in module.parse(none, {}, {}).meta
+    for bad in ("wide", True, [1], float("nan"), float("inf")):
+        with pytest.raises(RowError) as caught:
+            module.parse({**row, "margin": bad}, {}, {})
+        assert caught.value.reason == "bad margin" and "expected a number" in caught.value.detail
+        assert "margin" not in module.parse({**row, "margin": bad}, {"margin": ""}, {}).meta
+    label = module.COLUMNS["label"][0]
+    said = [module.parse({**row, label: word}, {}, {}).label for word in ("True", "false", "", None)]
+    assert said == [True, False, None, None]
 
 
 def test_text_is_taken_whole():

@@ -26,7 +26,7 @@ _KEYS = {
     "columns",
     "tags",
 }
-_OPTIONAL = ("system", "tools", "label", "chosen", "rejected", "images", "videos", "audios")
+_OPTIONAL = ("system", "tools", "label", "chosen", "rejected", "margin", "images", "videos", "audios")
 _OPENAI_TAGS = {
     "role_tag": "role",
     "content_tag": "content",

@@ -10,6 +10,7 @@ that the data has none. `tags` renames what is inside a column (see sharegpt). A
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,12 +74,31 @@ def read_text(row: Mapping[str, Any], column: str, required: bool = False) -> st
 
 
 def read_flag(row: Mapping[str, Any], column: str) -> bool | None:
-    """A thumbs up (true) or down (false), or None where there is none. Raises RowError."""
+    """A thumbs up (true) or down (false), or None where there is none; as text too, since a table has nothing else.
+    Raises RowError."""
     value = row.get(column)
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "": None}.get(value.strip().lower(), value)
     if value is None or isinstance(value, bool):
         return value
     hint = "columns: {label: ''} leaves it unread"
     raise RowError("wrong type", f"{column!r} is {describe(value)}, expected true or false ({hint})")
+
+
+def read_margin(row: Mapping[str, Any], column: str) -> dict[str, float]:
+    """{"margin": by how much the chosen answer of a pair is better}, for Example.meta; {} where the row does not say.
+    Raises RowError."""
+    value = row.get(column)
+    if value is None or value == "":
+        return {}
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        hint = "columns: {margin: ''} leaves it unread"
+        raise RowError("bad margin", f"{column!r} is {value!r}, expected a number ({hint})")
+    return {"margin": margin}
 
 
 def read_tools(value: Any, column: str = "tools") -> list[dict[str, Any]] | None:

@@ -2,14 +2,15 @@
 
 prompt (+ "\n" + query where there is one) -> response
 history: [[user, assistant], ...], earlier turns;   system: text;   tools: a list, or JSON text of one
-chosen and rejected in place of response: a preference pair;   label: true or false, a thumb (KTO)"""
+chosen and rejected in place of response: a preference pair, with margin, by how much the chosen one is better
+label: true or false, a thumb (KTO)"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.data.formats import RowError, describe, read_flag, read_media, read_text, read_tools
+from tunery.data.formats import RowError, describe, read_flag, read_margin, read_media, read_text, read_tools
 from tunery.types import Example, Message
 
 COLUMNS = {
@@ -21,6 +22,7 @@ COLUMNS = {
     "tools": ("tools",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "margin": ("margin",),
     "label": ("kto_tag",),
     "images": ("images",),
     "videos": ("videos",),
@@ -56,12 +58,13 @@ def parse(row: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str,
     chosen, rejected = row.get(columns.get("chosen", "chosen")), row.get(columns.get("rejected", "rejected"))
     if (chosen is None) != (rejected is None):
         raise RowError("half a preference pair", f"only {'rejected' if chosen is None else 'chosen'} is there")
-    worse = None
+    worse, meta = None, {}
     if chosen is None:
         answer = read_text(row, columns.get("response", "output"), required=True)
     else:
         answer = read_text(row, columns.get("chosen", "chosen"), required=True)
         worse = [Message("assistant", read_text(row, columns.get("rejected", "rejected"), required=True))]
+        meta = read_margin(row, columns.get("margin", "margin"))
     messages.append(Message("assistant", answer))
     return Example(
         messages=messages,
@@ -69,6 +72,7 @@ def parse(row: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str,
         label=read_flag(row, columns.get("label", "kto_tag")),
         tools=read_tools(row.get(columns.get("tools", "tools"))),
         media=read_media(row, columns),
+        meta=meta,
     )
 
 

@@ -8,7 +8,8 @@
 A message has role (system, developer, user, assistant, tool, function), content (text, null beside tool calls, or a
 list of parts of type text, reasoning, tool_call, image_url, ...), and may have tool_calls, function_call,
 tool_call_id, name, reasoning_content, and weight (or loss_weight): what its loss is multiplied by, 0 to not train it.
-For a pair, meta["shared"] is the number of messages before the first chosen turn."""
+A pair may have a margin, by how much the chosen answer is better. Its meta["shared"] is the number of messages before
+the first chosen turn."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from tunery.data.formats import (
     read_call,
     read_calls,
     read_flag,
+    read_margin,
     read_media,
     read_text,
     read_tools,
@@ -31,12 +33,13 @@ from tunery.types import Example, Message, ToolCall
 
 COLUMNS = {
     "messages": ("messages", "conversations", "conversation"),
-    "prompt": ("prompt",),
+    "prompt": ("prompt", "input"),
     "response": ("completion",),
     "system": ("system",),
     "tools": ("tools", "functions"),
-    "chosen": ("chosen", "chosen_messages"),
-    "rejected": ("rejected", "rejected_messages"),
+    "chosen": ("chosen", "chosen_messages", "preferred_output"),
+    "rejected": ("rejected", "rejected_messages", "non_preferred_output"),
+    "margin": ("margin",),
     "label": ("label", "kto_tag"),
     "images": ("images",),
     "videos": ("videos",),
@@ -73,20 +76,20 @@ def _is_messages(value: Any) -> bool:
 
 def parse(row: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str, str]) -> Example:
     def name(column: str) -> str:
-        return columns.get(column, COLUMNS[column][0])
-
-    if isinstance(row.get("input"), dict) and "preferred_output" in row:
-        inner = row["input"]
-        flat = {**inner, "chosen": row["preferred_output"], "rejected": row.get("non_preferred_output")}
-        return parse(flat, {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}, tags)
+        if column in columns:
+            return columns[column]
+        return next((usual for usual in COLUMNS[column] if usual in row), COLUMNS[column][0])
 
     chosen, rejected = row.get(name("chosen")), row.get(name("rejected"))
     if (chosen is None) != (rejected is None):
         raise RowError("half a preference pair", f"only {'rejected' if chosen is None else 'chosen'} is there")
     media = read_media(row, columns) or []
     messages = _turns(row.get(name("messages")), "user", media) if row.get(name("messages")) is not None else []
-    if not messages and row.get(name("prompt")) is not None:
-        messages = _turns(row[name("prompt")], "user", media)
+    asked, tools = row.get(name("prompt")), row.get(name("tools"))
+    if isinstance(asked, dict) and "messages" in asked:  # what OpenAI's preference lines have as input
+        asked, tools = asked["messages"], asked.get("tools", tools)
+    if not messages and asked is not None:
+        messages = _turns(asked, "user", media)
     worse, meta = None, {}
     if chosen is not None:
         better, worse = _turns(chosen, "assistant", media), _turns(rejected, "assistant", media)
@@ -94,7 +97,7 @@ def parse(row: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str,
         if better[: len(messages)] == messages:  # chosen repeats the prompt
             messages = []
         messages = messages + better[:start]
-        meta = {"shared": len(messages)}
+        meta = {"shared": len(messages), **read_margin(row, name("margin"))}
         messages, worse = messages + better[start:], worse[start:]
         if not worse:
             raise RowError("same answers", "chosen and rejected are the same, or one is the start of the other")
@@ -105,12 +108,12 @@ def parse(row: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str,
     system = read_text(row, name("system"))
     if system and messages[0] != Message("system", system):
         messages.insert(0, Message("system", system))
-        meta = {"shared": meta["shared"] + 1} if meta else meta
+        meta = {**meta, "shared": meta["shared"] + 1} if meta else meta
     return Example(
         messages=messages,
         rejected=worse,
         label=read_flag(row, name("label")),
-        tools=read_tools(row.get(name("tools"))),
+        tools=read_tools(tools),
         media=media or None,
         meta=meta,
     )

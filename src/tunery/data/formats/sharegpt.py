@@ -3,14 +3,24 @@
 The speakers human and user, gpt and assistant, system, function_call (JSON text of the calls), observation and tool.
 Tags rename them as in dataset_info.json: role_tag ("from"), content_tag ("value"), user_tag ("human"), assistant_tag
 ("gpt"), observation_tag ("observation"), function_tag ("function_call"), system_tag ("system").
-A preference pair has the better and the worse turn in chosen and rejected; label is true or false, a thumb (KTO)."""
+A preference pair has the better and the worse turn in chosen and rejected, and may have a margin; label is
+true or false, a thumb (KTO)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.data.formats import RowError, describe, read_calls, read_flag, read_media, read_text, read_tools
+from tunery.data.formats import (
+    RowError,
+    describe,
+    read_calls,
+    read_flag,
+    read_margin,
+    read_media,
+    read_text,
+    read_tools,
+)
 from tunery.types import Example, Message
 
 COLUMNS = {
@@ -19,6 +29,7 @@ COLUMNS = {
     "tools": ("tools",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "margin": ("margin",),
     "label": ("label", "kto_tag"),
     "images": ("images",),
     "videos": ("videos",),
@@ -70,7 +81,7 @@ def parse(row: Mapping[str, Any], columns: Mapping[str, str], tags: Mapping[str,
         raise RowError("half a preference pair", f"only {'rejected' if chosen is None else 'chosen'} is there")
     worse, meta = None, {}
     if chosen is not None:
-        meta = {"shared": len(messages)}
+        meta = {"shared": len(messages), **read_margin(row, name("margin"))}
         messages += _answer(chosen, tags, speakers)
         worse = _answer(rejected, tags, speakers)
         if messages[meta["shared"] :] == worse:
