@@ -5,7 +5,7 @@
 By default examples/grpo.yaml: the embedded model, and a reward that only checks rules (examples/house_rules.py). It
 says the mean reward of sampled answers in the first steps and the last ten, and of the likeliest answers to held-out
 prompts before and after; beside them the likeness to the right answers, which nothing trains on, so that a reward that
-was hacked would show. Figures go to bench/results/learn_<objective>.json."""
+was hacked would show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.results_page import HERE
+from bench.results_page import HERE, described, save_result, write_section
 
 ROOT = HERE.parent
 RISES = (0.3, 0.8)  # held-out reward: from under the first to over the second
@@ -51,10 +51,9 @@ def summary(found: dict[str, Any]) -> str:
     first, last = held_out[min(held_out, key=int)], held_out[max(held_out, key=int)]
     others = [name for name in first if name.endswith("/mean") and abs(first[name] - first["reward"]) > 1e-9]
     beside = "".join(f"; {name.split('/')[1]} {first[name]:.2f} -> {last[name]:.2f}" for name in others)
-    return (
-        f"seed {found['seed']}: sampled {sum(curve[:2]) / 2:.2f} -> {sum(curve[-10:]) / len(curve[-10:]):.2f}, held-out "
-        f"{first['reward']:.2f} -> {last['reward']:.2f}{beside}; {found['seconds']:.0f} s\n  |{drawn(curve)}|"
-    )
+    sampled = f"sampled {sum(curve[:2]) / 2:.2f} -> {sum(curve[-10:]) / len(curve[-10:]):.2f}"
+    held = f"held-out {first['reward']:.2f} -> {last['reward']:.2f}"
+    return f"seed {found['seed']}: {sampled}, {held}{beside}; {found['seconds']:.0f} s\n  |{drawn(curve)}|"
 
 
 def picture(runs: list[dict[str, Any]], path: Path) -> None:
@@ -85,9 +84,13 @@ def main() -> None:
         print(summary(runs[-1]), flush=True)
     ends = [(r["held_out"][min(r["held_out"], key=int)], r["held_out"][max(r["held_out"], key=int)]) for r in runs]
     rose = all(before["reward"] < RISES[0] and after["reward"] > RISES[1] for before, after in ends)
-    print(f"{'rises' if rose else 'does NOT rise'} from under {RISES[0]:.0%} to over {RISES[1]:.0%} with every seed")
-    kept = HERE / f"results/learn_{args.job.stem}.json"
-    kept.write_text(json.dumps({"job": args.job.name, "overrides": overrides, "runs": runs}, indent=1) + "\n")
+    verdict = f"{'rises' if rose else 'does NOT rise'} from under {RISES[0]:.0%} to over {RISES[1]:.0%} with every seed"
+    print(verdict)
+    name = f"learn_{args.job.stem}"
+    result = json.loads(save_result(name, {"job": args.job.name, "runs": runs}).read_text())
+    lines = "\n".join(summary(found) for found in runs)
+    title = f"## Reinforcement: {args.job.name}\n\n{described(result)}\n\nThe held-out reward {verdict}.\n\n"
+    write_section(name, f"{title}```\n{lines}\n```")
     if args.picture is not None:
         picture(runs, args.picture)
 

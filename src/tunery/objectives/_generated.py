@@ -43,8 +43,10 @@ def _unfit(example: Example) -> Refused | None:
 
 
 def _prompts(conversations: Sequence[Any], template: Any) -> list[list[Tokens] | Refused]:
+    if not conversations:
+        return []
     try:
-        prompts: list[list[int] | Refused] = list(template.prompts(conversations)) if conversations else []
+        prompts: list[list[int] | Refused] = list(template.prompts(conversations))
     except TemplateError:
         prompts = [_alone(messages, tools, template) for messages, tools in conversations]
     longest = template.max_length
