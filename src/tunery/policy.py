@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunery.errors import ModelError
 from tunery.kernels import compiled, linear_cross_entropy
+from tunery.kernels.divergence import LazyLogits
 from tunery.kernels.linear_cross_entropy import TokenLosses, chunk_rows, token_losses
 from tunery.models.attention import library_attention, set_attention
 from tunery.models.boundary import Boundary, Enough, Probed, probe
@@ -43,8 +44,8 @@ class CausalPolicy:
     `packs` is False they are run one by one; ones that share beginnings only where `shares` is True. `notes` says
     which shortcuts the model could not take. `boundary`, once given: where training keeps the hidden states that enter
     the first trained layer. `at_start`, once given: a context in which the model has the weights that training began
-    with (reference.py). `temperature` divides the logits of
-    `logps`: that of the sampling, where what is trained on was sampled."""
+    with (reference.py); `teacher`, once given: the logits of another model (teacher.py). `temperature` divides the
+    logits of `logps`: that of the sampling, where what is trained on was sampled."""
 
     def __init__(
         self,
@@ -65,6 +66,8 @@ class CausalPolicy:
         self.boundary: Boundary | None = None
         self.temperature = 1.0
         self.at_start: Callable[[], AbstractContextManager[None]] | None = None
+        self.teacher: Callable[[Batch], LazyLogits] | None = None
+        self.value_head: nn.Linear | None = None  # beside the model, once given (models/value_head.py)
         self.device = next(model.parameters()).device
         native = self.device.type == "cpu" and compiled.ready()
         fast = partial(linear_cross_entropy.linear_token_losses, compiled=native)
@@ -110,8 +113,30 @@ class CausalPolicy:
         if self.parts is None:
             return torch.where(batch.weights_T != 0, self._logps_full(batch)[0], 0.0)
         rows = batch.labelled_N
-        logps_N = self._logps_of(self._hidden(batch)[rows], batch.targets_T[rows])[0]
-        return torch.zeros(batch.n_tokens, dtype=logps_N.dtype, device=logps_N.device).index_put((rows,), logps_N)
+        return _spread(batch, self._logps_of(self._hidden(batch)[rows], batch.targets_T[rows])[0])
+
+    def logps_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`logps`, and what the value head makes of the same positions, [T] each, by one forward."""
+        assert self.parts is not None and self.value_head is not None, "the objective does not say that it needs values"
+        h_NH = self._hidden(batch)[batch.labelled_N]
+        logps_N, _ = self._logps_of(h_NH, batch.targets_T[batch.labelled_N])
+        return _spread(batch, logps_N), _spread(batch, scalar(self.value_head, h_NH))
+
+    def lazy_logits(self, batch: Batch) -> LazyLogits:
+        """The logits of the labelled rows, not yet made; the whole matrix only of a model without a head apart."""
+        rows, vocabulary = batch.labelled_N, self.causal.config.get_text_config().vocab_size
+        if self.parts is None:
+            return LazyLogits(self._logits_full(batch)[rows], vocabulary, head=lambda z: z)
+        parts, h_NH = self.parts, self._hidden(batch)[rows]
+        plain = _plain_head(parts.head)
+        if plain is not None:
+            return LazyLogits(h_NH, plain.weight.shape[0], plain.weight, plain.bias, parts.scale, parts.softcap)
+
+        def head(h: Tensor) -> Tensor:
+            with self.autocast():
+                return cap_and_scale(parts.head(h), parts.scale, parts.softcap)
+
+        return LazyLogits(h_NH, vocabulary, head=head)
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """`logps` of the policy as it stood when training began, without dropout and without a gradient: those that the
@@ -127,6 +152,11 @@ class CausalPolicy:
                 return self.logps(batch)
         finally:
             self.model.train(was_training)
+
+    def teacher_logits(self, batch: Batch) -> LazyLogits:
+        """Another model's logits of the labelled rows, not yet made, without a gradient."""
+        assert self.teacher is not None, "the objective does not say that it needs a teacher"
+        return self.teacher(batch)
 
     def values(self, batch: Batch, at: Tensor | None = None) -> Tensor:
         """What a scalar head makes of each position, [T], or of those `at` [N] alone, [N]; float32 or wider, with a
@@ -342,6 +372,12 @@ class CausalPolicy:
                 return self._close(hidden, own)
             logits = cap_and_scale(self.parts.head(hidden), self.parts.scale, self.parts.softcap)
         return self._close(logits, own)
+
+
+def _spread(batch: Batch, values_N: Tensor) -> Tensor:
+    """Values of the labelled positions among zeros, [T]."""
+    zeros = torch.zeros(batch.n_tokens, dtype=values_N.dtype, device=values_N.device)
+    return zeros.index_put((batch.labelled_N,), values_N)
 
 
 def _rotary_of_the_whole(config: Any, max_length: int | None) -> bool:

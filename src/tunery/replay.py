@@ -11,11 +11,13 @@ from tunery.config import build
 from tunery.engine import Engine
 from tunery.errors import TuneryError
 from tunery.job import load_job
+from tunery.models.value_head import make_value_head, needs_values
 from tunery.observe import put_back
 from tunery.policy import REFERENCE
 from tunery.reference import needs_reference, starting
 from tunery.run_folder import CONFIG
 from tunery.setup import load_start, make_policy
+from tunery.teacher import load_teacher
 
 
 def replay(folder: Path) -> Iterator[str]:
@@ -31,8 +33,11 @@ def replay(folder: Path) -> Iterator[str]:
     engine = Engine(job.model.dtype)
     model, _ = load_start(job, build("adapters", job.adapter), folder, engine)
     policy = make_policy(job, model, engine.dtype)
+    policy.teacher = load_teacher(job, engine)
     objective, step = build("objectives", job.objective), record["step"]
     put_back(objective, record.get("objective"))
+    if needs_values(objective):
+        policy.value_head = make_value_head(policy.parts, engine.dtype, engine.device, folder)
     if needs_reference(objective) and any(REFERENCE not in batch.extra for batches in ranks for batch in batches):
         policy.at_start = starting(job, engine, model, folder.parent, resumed=True)
     model.train()

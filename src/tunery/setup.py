@@ -33,6 +33,7 @@ from tunery.models.load import (
 )
 from tunery.models.recompute import recompute
 from tunery.models.score import agree_on_padding, fitting_config, load_with_head
+from tunery.models.value_head import make_value_head, needs_values, save_value_head
 from tunery.observe import put_back
 from tunery.plan.choose import choose
 from tunery.plan.work import AssumedRows
@@ -41,6 +42,7 @@ from tunery.rollout.build import check_rollouts, generates, make_rewards, make_r
 from tunery.rollout.rollouts import Rollouts
 from tunery.rollout.scoring import Rewards
 from tunery.run_folder import CONFIG, find_resume, versions
+from tunery.teacher import check_teacher, load_teacher
 from tunery.trackers import require
 from tunery.types import Objective
 
@@ -78,7 +80,13 @@ class Run:
         """The trained weights as anyone can load them, with the tokenizer and the template trained with."""
         folder.mkdir(parents=True, exist_ok=True)
         self.adapter.save(self.model, folder, base_name(self.job.model))
+        self.save_values(folder)
         save_tokenizer(self, folder)
+
+    def save_values(self, folder: Path) -> None:
+        """The value head, where there is one, in a file of its own: who serves the model needs none."""
+        if self.policy.value_head is not None:
+            save_value_head(self.policy.value_head, folder)
 
 
 def base_name(model: ModelConfig) -> str:
@@ -206,10 +214,13 @@ def _same_kind(base: ModelConfig, start: ModelConfig) -> None:
             )
 
 
-def parameter_groups(model: Any, adapter: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: Any, adapter: Any, lr: float, weight_decay: float, value_head: torch.nn.Module | None = None
+) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and decay. Biases, norms and other vectors are not decayed."""
     groups: dict[tuple[float, float], list[Any]] = {}
-    for name, parameter in model.named_parameters():
+    beside = [] if value_head is None else value_head.named_parameters("value_head")
+    for name, parameter in [*model.named_parameters(), *beside]:
         if parameter.requires_grad:
             key = (lr * adapter.lr_scale(name), weight_decay if parameter.ndim >= 2 else 0.0)
             groups.setdefault(key, []).append(parameter)
@@ -290,6 +301,7 @@ def read_data(job: Job, console: Any = None) -> Read:
     tokenizer, template = read_template(job)
     objective = build("objectives", job.objective)
     check_rollouts(job, objective)
+    check_teacher(job, tokenizer)
     prepared = prepare(
         data, template, objective, seed=job.train.seed, cache_key=job.objective.model_dump_json(), console=console
     )
@@ -359,7 +371,7 @@ def shares_prompts(job: Job, read: Read, policy: CausalPolicy, engine: Engine) -
     unknown = job.data.streaming or getattr(read.objective, "generates", False)
     if not job.train.share_prompts or not (alike or unknown):
         return False
-    if all(engine.gather(policy.shares)):
+    if all(engine.gather(policy.shares and (policy.teacher is None or policy.teacher.shares))):
         return True
     if alike and policy.packs:  # a model that does not pack has said so
         why = "NEFTune's noise depends on their lengths" if policy.neftune else "its layers look back in other ways"
@@ -382,6 +394,10 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     policy = make_policy(job, model, engine.dtype)
     if policy.parts is not None and policy.parts.scalar:
         agree_on_padding(policy.causal, read.tokenizer, read.template)
+    policy.teacher = load_teacher(job, engine)
+    if needs_values(read.objective):
+        start = Path(job.model.init_from) if job.model.init_from else None
+        policy.value_head = make_value_head(policy.parts, engine.dtype, engine.device, resume or start)
     assert job.train.micro_tokens is not None
     share = shares_prompts(job, read, policy, engine)
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world, share)
@@ -394,7 +410,7 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
             loader.load(resume)
     else:
         loader, total = make_loader(job, read.data, cut)
-    groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay)
+    groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay, policy.value_head)
     optimizer = build("optimizers", job.optimizer, groups)
     if resume is not None:
         checkpoint.load_optimizer(resume, optimizer)

@@ -243,6 +243,19 @@ class Policy(Protocol):
         (`reference = True`)."""
         ...
 
+    def lazy_logits(self, batch: Batch) -> Any:
+        """The labelled rows' logits as kernels/divergence.py's LazyLogits: made in chunks where they are needed."""
+        ...
+
+    def teacher_logits(self, batch: Batch) -> Any:
+        """The same of another model, without a gradient. For objectives that name one (`teacher`)."""
+        ...
+
+    def logps_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`logps`, and a number for each labelled position from a head beside the model (0 elsewhere), float32 [T]
+        each. For objectives that say so (`value_head = True`)."""
+        ...
+
     def values(self, batch: Batch, at: Tensor | None = None) -> Tensor:
         """A number for each position, float32 [T], or for those `at` [N] alone, [N], from a head of its own. For
         objectives that say so (`head = "score"`)."""

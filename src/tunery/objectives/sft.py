@@ -28,8 +28,8 @@ class Config(KindConfig):
 class Objective:
     """L = sum_t w_t * -log p(y_t | y_<t), with w_t = 0 outside the answers (Ouyang et al., arXiv:2203.02155).
 
-    With `loss: dft` each term is weighed by p(y_t | y_<t), which gets no gradient: a token that the model finds unlikely
-    pulls no longer the harder for it (dynamic fine-tuning, Wu et al., arXiv:2508.05629, eq. 9). `z_loss` adds
+    With `loss: dft` each term is weighed by p(y_t | y_<t), which gets no gradient: a token that the model finds
+    unlikely pulls no longer the harder for it (dynamic fine-tuning, Wu et al., arXiv:2508.05629, eq. 9). `z_loss` adds
     c * sum_t w_t * log(sum_v exp z_tv)^2 (PaLM, Chowdhery et al., arXiv:2204.02311, section 5). With either, "nll" is
     the plain negative log-likelihood beside "loss"."""
 

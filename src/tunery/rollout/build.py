@@ -31,7 +31,7 @@ def check_rollouts(job: Job, objective: Any) -> None:
         if job.rewards:
             raise ConfigError(f"rewards: objective {kind} trains on the answers in the data and has no use for rewards")
         return
-    if not job.rewards:
+    if not job.rewards and getattr(objective, "needs_rewards", True):
         raise ConfigError(f"rewards: objective {kind} needs one at least; for example my_rewards.py:accuracy, or math")
     if rollout.minibatches > job.train.batch_size:
         raise ConfigError(

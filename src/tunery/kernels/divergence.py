@@ -1,0 +1,214 @@
+"""Divergences of a student's next-token distribution from a teacher's, straight from hidden states.
+
+Only labelled rows come in. They are taken in chunks and the gradient is made in the forward, as in
+linear_cross_entropy.py, so that of both matrices of logits one chunk is all that is ever alive.
+
+With s = softmax(z / tau) and t = softmax(z_teacher / tau), over the entries that both heads have (rows of padding at
+the end of the larger one are left out), the generalised Jensen-Shannon divergence (Agarwal et al., arXiv:2306.13649,
+eq. 1, with the ends that it names in section 3.1) and its gradient by z / tau are
+
+    beta = 0   KL(t || s)                                           s - t
+    beta = 1   KL(s || t)                                           s (d - sum s d),  d = log s - log t
+    else       beta KL(t || m) + (1 - beta) KL(s || m)              s (d - sum s d),  d = (1 - beta) (log s - log m)
+               m = beta t + (1 - beta) s"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tunery.kernels.linear_cross_entropy import chunk_rows
+
+
+@dataclass(frozen=True)
+class LazyLogits:
+    """Logits [N, vocabulary] of N rows that are made as they are needed: cap(scale * (h W^T + b)), of `weight_VH` and
+    `bias_V`; or, where that is None, `head(h)`."""
+
+    h_NH: Tensor
+    vocabulary: int
+    weight_VH: Tensor | None = None
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+
+    def of(self, h: Tensor) -> Tensor:
+        """Of some of the rows: products in h's dtype, the rest in float32 or wider."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        if self.weight_VH is None:
+            assert self.head is not None
+            return self.head(h).to(wide)
+        with torch.autocast(h.device.type, enabled=False):
+            z = (h @ self.weight_VH.to(h.dtype).T).to(wide)
+        z = z if self.bias_V is None else z + self.bias_V
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+class Mixture(NamedTuple):
+    """What a student learns from: sum_n w_n (D_beta(teacher, student) + sft_weight * -log p(y_n)), softmaxes of the
+    divergence at `temperature`, that of the target's probability p at 1."""
+
+    beta: float
+    temperature: float = 1.0
+    sft_weight: float = 0.0
+
+
+class Divergences(NamedTuple):
+    """Scalars, float32 (or float64): `total` with a gradient; the sums of w * divergence and w * -log p without."""
+
+    total: Tensor
+    divergence: Tensor
+    nll: Tensor
+
+
+def divergence(
+    student: LazyLogits, teacher: LazyLogits, targets_N: Tensor, weights_N: Tensor, mixture: Mixture
+) -> Divergences:
+    """The mixture above. Zero rows give a zero that still carries (zero) gradients. The teacher gets no gradient."""
+    if student.weight_VH is None:
+        return _by_autograd(student, teacher, targets_N, weights_N, mixture)
+    leaves = (student.h_NH, student.weight_VH, student.bias_V)
+    if not torch.is_grad_enabled():  # or the gradients would be made all the same
+        leaves = tuple(None if x is None else x.detach() for x in leaves)
+    return Divergences(*_Divergence.apply(*leaves, student, teacher, targets_N, weights_N, mixture))
+
+
+def reference(
+    student: LazyLogits, teacher: LazyLogits, targets_N: Tensor, weights_N: Tensor, mixture: Mixture
+) -> Divergences:
+    """The same the obvious way: all logits at once, gradients by autograd."""
+    with torch.no_grad():
+        z_teacher = teacher.of(teacher.h_NH)
+    return _sums(student.of(student.h_NH), z_teacher, targets_N, weights_N, mixture)
+
+
+def _sums(z: Tensor, z_teacher: Tensor, targets_N: Tensor, weights_N: Tensor, mixture: Mixture) -> Divergences:
+    beta, shared = mixture.beta, min(z.shape[-1], z_teacher.shape[-1])
+    log_s, log_t = ((x[:, :shared] / mixture.temperature).log_softmax(-1) for x in (z, z_teacher))
+    if beta == 0:
+        values_N = _kl(log_t, log_s)
+    elif beta == 1:
+        values_N = _kl(log_s, log_t)
+    else:
+        log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+        values_N = beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+    diverging = (values_N * weights_N).sum()
+    nll = torch.nn.functional.cross_entropy(z, targets_N, reduction="none").mul(weights_N).sum()
+    return Divergences(diverging + mixture.sft_weight * nll, diverging.detach(), nll.detach())
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _by_autograd(
+    student: LazyLogits, teacher: LazyLogits, targets_N: Tensor, weights_N: Tensor, mixture: Mixture
+) -> Divergences:
+    """For a head that is more than a product: chunks whose logits are made again in the backward."""
+
+    def chunk(h: Tensor, h_teacher: Tensor, y: Tensor, weights: Tensor) -> Divergences:
+        with torch.no_grad():
+            z_teacher = teacher.of(h_teacher)
+        return _sums(student.of(h), z_teacher, y, weights, mixture)
+
+    size = _chunk(student, teacher)
+    parts = [x.split(size) for x in (student.h_NH, teacher.h_NH, targets_N, weights_N)]
+    pieces: list[Any] = [checkpoint(chunk, *each, use_reentrant=False) for each in zip(*parts, strict=True)]
+    return Divergences(*(torch.stack(values).sum() for values in zip(*pieces, strict=True)))
+
+
+def _chunk(student: LazyLogits, teacher: LazyLogits) -> int:
+    return chunk_rows(student.vocabulary + teacher.vocabulary, student.h_NH.device)
+
+
+def _value_and_slope(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The divergence of each row [n] and its gradient by the student's z / tau [n, V]."""
+    s = log_s.exp()
+    if beta == 0:
+        t = log_t.exp()
+        return (t * (log_t - log_s)).sum(-1), s.sub_(t)
+    if beta == 1:
+        difference = log_s - log_t
+        values = (s * difference).sum(-1)
+        return values, s.mul_(difference.sub_(values[:, None]))
+    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+    values = beta * _kl(log_t, log_m)
+    difference = (1 - beta) * (log_s - log_m)
+    own = (s * difference).sum(-1)
+    return values + own, s.mul_(difference.sub_(own[:, None]))
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        student: LazyLogits,
+        teacher: LazyLogits,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        mixture: Mixture,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(h_NH.dtype, torch.float32)
+        train_h, train_w, train_b = ctx.needs_input_grad[:3]
+        w = weight_VH.to(h_NH.dtype)
+        chunk = _chunk(student, teacher)
+        shared, tau = min(student.vocabulary, teacher.vocabulary), mixture.temperature
+        diverging, nll = torch.zeros(2, dtype=wide, device=h_NH.device).unbind()
+        dh_NH = torch.empty_like(h_NH) if train_h else None
+        dw_VH = (
+            torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if train_w else None
+        )
+        db_V = torch.zeros(w.shape[0], dtype=wide, device=h_NH.device) if train_b else None
+        with torch.autocast(h_NH.device.type, enabled=False):
+            for start in range(0, h_NH.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                h, y, weights = h_NH[rows], targets_N[rows, None], weights_N[rows].to(wide)
+                z = student.of(h)
+                log_t = (teacher.of(teacher.h_NH[rows])[:, :shared].to(wide) / tau).log_softmax(-1)
+                values, slope = _value_and_slope((z[:, :shared] / tau).log_softmax(-1), log_t, mixture.beta)
+                lse = z.logsumexp(-1)
+                diverging += (values * weights).sum()
+                nll += ((lse - z.gather(1, y)[:, 0]) * weights).sum()
+                if not (train_h or train_w or train_b):
+                    continue
+                flat = 1.0 - (z / student.softcap).square() if student.softcap is not None else None
+                if mixture.sft_weight:
+                    dz = z.sub_(lse[:, None]).exp_()
+                    dz.scatter_add_(1, y, torch.full_like(y, -1, dtype=wide))
+                    dz *= mixture.sft_weight
+                else:
+                    dz = torch.zeros_like(z)
+                dz[:, :shared] += slope.div_(tau)
+                dz *= weights[:, None] * student.scale
+                if flat is not None:
+                    dz *= flat
+                if db_V is not None:
+                    db_V += dz.sum(0)
+                dz = dz.to(h.dtype)
+                if dh_NH is not None:
+                    dh_NH[rows] = dz @ w
+                if dw_VH is not None:
+                    dw_VH += dz.T @ h
+        grads = (dh_NH, None if dw_VH is None else dw_VH.to(weight_VH.dtype), db_V)
+        ctx.present = [g is not None for g in grads]
+        ctx.save_for_backward(*[g for g in grads if g is not None])
+        total = diverging + mixture.sft_weight * nll
+        ctx.mark_non_differentiable(diverging, nll)
+        return total, diverging, nll
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [next(saved) * grad_outputs[0] if there else None for there in ctx.present]
+        return (*grads, None, None, None, None, None)

@@ -1,0 +1,81 @@
+"""The teacher of a distillation: another model with the same tokenizer, frozen, that runs beside the student.
+
+An objective whose `teacher` names a model gets one (setup.py); its logits come from `policy.teacher_logits`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tunery.engine import Engine
+from tunery.errors import ModelError
+from tunery.job import Job
+from tunery.kernels.divergence import LazyLogits
+from tunery.models.fuse import fuse
+from tunery.models.load import ModelConfig, hook_attention, load_config, load_model, load_tokenizer
+from tunery.policy import CausalPolicy
+from tunery.types import Batch
+
+
+def teacher_of(job: Job) -> ModelConfig | None:
+    """The model that the job's objective learns from, loaded as the job's own is."""
+    name = getattr(job.objective, "teacher", None)
+    own = job.model
+    if name is None:
+        return None
+    return ModelConfig(name=name, attention=own.attention, trust_remote_code=own.trust_remote_code)
+
+
+class Teacher:
+    """Batch -> the logits of its labelled rows, by a frozen model in evaluation mode."""
+
+    def __init__(self, policy: CausalPolicy):
+        self.policy = policy
+        policy.model.eval().requires_grad_(False)
+
+    def __call__(self, batch: Batch) -> LazyLogits:
+        with torch.no_grad():
+            return self.policy.lazy_logits(batch)
+
+    @property
+    def shares(self) -> bool:
+        return self.policy.shares
+
+
+def load_teacher(job: Job, engine: Engine) -> Teacher | None:
+    """The job's teacher on the engine's device, in the arithmetic's dtype; None where there is none."""
+    teacher = teacher_of(job)
+    if teacher is None:
+        return None
+    attention = None if teacher.attention == "auto" else teacher.attention
+    model: Any = load_model(teacher, engine.dtype, engine.device, attention)
+    if teacher.attention == "auto":
+        hook_attention(model, reference=job.kernels.attention == "reference")
+    fuse(model, job.kernels, engine.dtype)
+    return Teacher(CausalPolicy(model, dtype=engine.dtype, max_length=job.data.max_length))
+
+
+def check_teacher(job: Job, tokenizer: Any) -> None:
+    """Raises ModelError where the teacher gives the student's ids another meaning. It may know more tokens, and heads
+    may be padded differently: what only one of the two has is not compared."""
+    teacher = teacher_of(job)
+    if teacher is None:
+        return
+    theirs, size = load_tokenizer(teacher).get_vocab(), load_config(teacher).get_text_config().vocab_size
+    ours = tokenizer.get_vocab()
+    different = [token for token, number in sorted(ours.items(), key=_number) if theirs.get(token) != number]
+    what = f"objective.teacher: {teacher.name} has another vocabulary than {job.model.name}"
+    advice = "a teacher must have the student's tokenizer, such as a larger model of the same family"
+    if different:
+        token = different[0]
+        raise ModelError(
+            f"{what}: {len(different):,} of {len(ours):,} tokens differ, the first is {token!r}, number {ours[token]} "
+            f"here and {theirs.get(token, 'none')} there; {advice}"
+        )
+    if size <= max(ours.values()):
+        raise ModelError(f"{what}: its head has {size:,} entries, too few for token {max(ours.values()):,}; {advice}")
+
+
+def _number(item: tuple[str, int]) -> int:
+    return item[1]

@@ -1,0 +1,142 @@
+"""Distillation. Oracles: the divergence by its definition from both models' own logits, one sequence after the other,
+TRL's GKD loss, and the same numbers for every cut of a step."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_models import random_sequences, tiny_model
+from tiny_runs import losses, model_folder, tiny_job
+from tunery.data.collate import collate
+from tunery.errors import ConfigError, ModelError
+from tunery.job import load_job
+from tunery.loop import run_job
+from tunery.objectives import distill
+from tunery.policy import CausalPolicy
+from tunery.teacher import Teacher
+from tunery.types import Tokens
+
+KINDS = [{"divergence": "forward_kl"}, {"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 0.3}]
+
+
+def student_and_teacher(family: str = "llama") -> tuple[CausalPolicy, Any]:
+    """A student of one width, a teacher of another."""
+    student = CausalPolicy(tiny_model(family).eval(), dtype=torch.float64)
+    teacher = tiny_model("qwen2", hidden_size=48, num_hidden_layers=3).eval()
+    student.teacher = Teacher(CausalPolicy(teacher, dtype=torch.float64))
+    return student, teacher
+
+
+def measured(policy: CausalPolicy, objective: Any, batches: list[Any]) -> list[torch.Tensor]:
+    policy.model.zero_grad()
+    made = [objective.loss(policy, batch) for batch in batches]
+    total = torch.stack([loss.sum for loss in made]).sum()
+    total.backward()
+    grads = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
+    means = [torch.stack([loss.metrics[name][0] for loss in made]).sum() for name in ("divergence", "nll")]
+    return [total.detach(), *means, torch.cat(grads)]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_loss_by_definition_and_trls(options):
+    trl = pytest.importorskip("trl.experimental.gkd")
+    policy, teacher = student_and_teacher()
+    objective = distill.Objective(distill.Config(teacher="t", temperature=1.3, sft_weight=0.2, **options))
+    expected = torch.zeros((), dtype=torch.float64)
+    for tokens in random_sequences():
+        ids = torch.from_numpy(tokens.ids.astype(np.int64))
+        z, z_teacher = (model(input_ids=ids[None]).logits[0, :-1] for model in (policy.model, teacher))
+        for row, weight in enumerate(tokens.weights[1:].tolist()):
+            pair = z[row : row + 1], z_teacher[row : row + 1]
+            beta = objective.mixture.beta
+            apart = trl.GKDTrainer.generalized_jsd_loss(*pair, beta=beta, temperature=1.3, reduction="sum")
+            expected += weight * (apart - 0.2 * z[row].log_softmax(-1)[ids[row + 1]])
+    made = objective.loss(policy, collate(random_sequences()))
+    torch.testing.assert_close(made.sum, expected, rtol=1e-6, atol=1e-8)
+    assert float(objective.weight(collate(random_sequences()))) == float(made.metrics["loss"][1])
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_every_cut_and_every_head_gives_the_same(family, options):
+    policy, teacher = student_and_teacher(family)
+    objective = distill.Objective(distill.Config(teacher="t", temperature=0.7, sft_weight=0.5, **options))
+    alone = [collate([s]) for s in random_sequences()]
+    results = [measured(policy, objective, alone), measured(policy, objective, [collate(random_sequences())])]
+    assert policy.parts is not None
+    policy.parts.head = torch.nn.Sequential(policy.parts.head)
+    results.append(measured(policy, objective, alone))
+    policy.parts = None
+    results.append(measured(policy, objective, alone))
+    for result in results[1:]:
+        for mine, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_shared_prompt_gives_the_same():
+    policy, _ = student_and_teacher()
+    random = np.random.default_rng(0)
+    prompt = random.integers(3, 131, 11)
+    answers = [
+        Tokens(
+            np.concatenate([prompt, random.integers(3, 131, n)]).astype(np.int32),
+            np.repeat([0.0, 1.0], [11, n]).astype(np.float32),
+        )
+        for n in (4, 7, 3)
+    ]
+    objective = distill.Objective(distill.Config(teacher="t", divergence="jsd"))
+    shared, whole = collate(answers, [0, 0, 0], share=True), collate(answers, [0, 0, 0])
+    assert shared.n_tokens < whole.n_tokens and policy.shares and isinstance(policy.teacher, Teacher)
+    assert policy.teacher.shares
+    for mine, expected in zip(measured(policy, objective, [shared]), measured(policy, objective, [whole]), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_teacher_is_required():
+    with pytest.raises(ConfigError, match=r"teacher.*required"):
+        load_job({"objective": {"kind": "distill"}, "data": {"train": "x"}})
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
+    job = tiny_job(tmp_path)
+    other = model_folder(tmp_path / "other")
+    file = other / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    first, second = list(vocabulary)[20:22]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(values))
+    job = tiny_job(tmp_path, objective={"kind": "distill", "teacher": str(other)})
+    with pytest.raises(ModelError, match=r"2 of .* tokens differ"):
+        run_job(job)
+
+
+@pytest.mark.slow
+def test_a_run_comes_near_its_teacher_and_a_resumed_one_is_the_same(tmp_path):
+    tiny_job(tmp_path)  # makes model and rows
+    teacher = model_folder(tmp_path / "teacher")
+    model = __import__("transformers").AutoModelForCausalLM.from_pretrained(teacher)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(teacher)
+    changes: dict[str, Any] = {
+        "objective": {"kind": "distill", "teacher": str(teacher), "divergence": "jsd"}, "adapter": {"kind": "full"},
+        "train": {"epochs": 3, "save_every": 4},
+    }  # fmt: skip
+    run_job(tiny_job(tmp_path, **changes))
+    seen = losses(tmp_path / "run")
+    assert seen[-1] < 0.8 * seen[0]
+    job = tiny_job(tmp_path, **changes, output=str(tmp_path / "again"))
+    resumed = {**job.model_dump(mode="json")["train"], "resume": str(tmp_path / "run" / "checkpoint-4")}
+    run_job(tiny_job(tmp_path, **{**changes, "train": resumed, "output": str(tmp_path / "again")}))
+    assert losses(tmp_path / "again") == seen[4:]
