@@ -32,6 +32,7 @@ from tunery.guard import Gate
 from tunery.job import Job, head_of
 from tunery.models.score import load_with_head
 from tunery.models.target import load_adapter
+from tunery.models.value_head import load_value_head
 from tunery.observe import state_of
 from tunery.reference import drop_reference, keep_reference
 from tunery.report import NullReport, Report
@@ -215,11 +216,14 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
     if run.job.eval.best and best["step"] not in (None, step):
         final = best["step"]
         run.adapter.load(run.model, run.output / f"checkpoint-{final}")
+        if run.policy.value_head is not None:
+            load_value_head(run.policy.value_head, run.output / f"checkpoint-{final}")
         report.note(f"the run ends with the weights of step {final}, where the evaluation loss was lowest")
     if run.engine.is_main:
         if not isinstance(run.data.train, TokenStore):  # of a stream they are known only now
             run.data.train.report.write_refused(run.output / REFUSED)
         run.adapter.finish(run.model, run.output, base_name(run.job.model), run.base_dtype)
+        run.save_values(run.output)
         save_tokenizer(run, run.output)
         make_readable(run.output)
         if run.adapter.changes_base:

@@ -28,6 +28,7 @@ from tunery.models.load import hook_attention, load_config
 from tunery.models.parts import layer_list, unwrap
 from tunery.models.recompute import recompute
 from tunery.models.score import scorer_from_config
+from tunery.models.value_head import make_value_head, needs_values
 from tunery.plan.attention import standing_in
 from tunery.policy import REFERENCE, CausalPolicy
 from tunery.types import Batch
@@ -177,6 +178,8 @@ def trace(
         policy = CausalPolicy(
             model, dtype=shadow.dtype, probe=False, reference_head=shadow.job.kernels.head == "reference"
         )
+        if needs_values(objective):
+            policy.value_head = make_value_head(policy.parts, shadow.dtype, "cpu")
         batch = _fake_batch(stream)
         for _ in range(2 if rung == "selective" else 1):  # which learns in its first backward what it need not keep
             for parameter in _trained(model):

@@ -19,7 +19,7 @@ def figures_of(groups: Sequence[Sequence[Sample]]) -> Figures:
     figures = scores_of(samples)
     judged = [_rewards(group) for group in groups]
     figures["reward_std"] = _mean([float(r.std(ddof=1)) for r in judged if len(r) > 1])
-    figures["frac_reward_zero_std"] = _mean([float(is_equal(group)) for group in groups])
+    figures["frac_reward_zero_std"] = _mean([float(is_equal(group)) for group in groups if len(group) > 1])
     figures["completions/mean_length"] = _mean([float(len(s.answer.ids)) for s in samples])
     figures["completions/clipped_ratio"] = _mean([float(s.answer.finish == "length") for s in samples])
     return figures
