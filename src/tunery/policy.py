@@ -68,7 +68,6 @@ class CausalPolicy:
         self.at_start: Callable[[], AbstractContextManager[None]] | None = None
         self.teacher: Callable[[Batch], LazyLogits] | None = None
         self.value_head: nn.Linear | None = None  # beside the model, once given (models/value_head.py)
-        self.value_head: nn.Linear | None = None  # beside the model, once given (models/value_head.py)
         self.device = next(model.parameters()).device
         native = self.device.type == "cpu" and compiled.ready()
         fast = partial(linear_cross_entropy.linear_token_losses, compiled=native)
@@ -373,12 +372,6 @@ class CausalPolicy:
                 return self._close(hidden, own)
             logits = cap_and_scale(self.parts.head(hidden), self.parts.scale, self.parts.softcap)
         return self._close(logits, own)
-
-
-def _spread(batch: Batch, values_N: Tensor) -> Tensor:
-    """Values of the labelled positions among zeros, [T]."""
-    zeros = torch.zeros(batch.n_tokens, dtype=values_N.dtype, device=values_N.device)
-    return zeros.index_put((batch.labelled_N,), values_N)
 
 
 def _spread(batch: Batch, values_N: Tensor) -> Tensor:

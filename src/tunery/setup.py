@@ -34,7 +34,6 @@ from tunery.models.load import (
 from tunery.models.recompute import recompute
 from tunery.models.score import agree_on_padding, fitting_config, load_with_head
 from tunery.models.value_head import make_value_head, needs_values, save_value_head
-from tunery.models.value_head import make_value_head, needs_values, save_value_head
 from tunery.observe import put_back
 from tunery.plan.choose import choose
 from tunery.plan.work import AssumedRows
@@ -396,9 +395,6 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     if policy.parts is not None and policy.parts.scalar:
         agree_on_padding(policy.causal, read.tokenizer, read.template)
     policy.teacher = load_teacher(job, engine)
-    if needs_values(read.objective):
-        start = Path(job.model.init_from) if job.model.init_from else None
-        policy.value_head = make_value_head(policy.parts, engine.dtype, engine.device, resume or start)
     if needs_values(read.objective):
         start = Path(job.model.init_from) if job.model.init_from else None
         policy.value_head = make_value_head(policy.parts, engine.dtype, engine.device, resume or start)

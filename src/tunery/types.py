@@ -256,11 +256,6 @@ class Policy(Protocol):
         each. For objectives that say so (`value_head = True`)."""
         ...
 
-    def logps_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`logps`, and a number for each labelled position from a head beside the model (0 elsewhere), float32 [T]
-        each. For objectives that say so (`value_head = True`)."""
-        ...
-
     def values(self, batch: Batch, at: Tensor | None = None) -> Tensor:
         """A number for each position, float32 [T], or for those `at` [N] alone, [N], from a head of its own. For
         objectives that say so (`head = "score"`)."""
