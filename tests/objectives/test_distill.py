@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tiny_models import random_sequences, tiny_model
 from tiny_runs import losses, model_folder, tiny_job
@@ -105,7 +106,7 @@ def test_a_teacher_is_required():
 
 @pytest.mark.slow
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
-    job = tiny_job(tmp_path)
+    tiny_job(tmp_path)  # makes model and rows
     other = model_folder(tmp_path / "other")
     file = other / "tokenizer.json"
     values = json.loads(file.read_text())
@@ -122,7 +123,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
 def test_a_run_comes_near_its_teacher_and_a_resumed_one_is_the_same(tmp_path):
     tiny_job(tmp_path)  # makes model and rows
     teacher = model_folder(tmp_path / "teacher")
-    model = __import__("transformers").AutoModelForCausalLM.from_pretrained(teacher)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -131,12 +132,24 @@ def test_a_run_comes_near_its_teacher_and_a_resumed_one_is_the_same(tmp_path):
     model.save_pretrained(teacher)
     changes: dict[str, Any] = {
         "objective": {"kind": "distill", "teacher": str(teacher), "divergence": "jsd"}, "adapter": {"kind": "full"},
-        "train": {"epochs": 3, "save_every": 4},
+        "train": {"epochs": 3, "save_every": 4, "keep": None}, "eval": {"best": False},
     }  # fmt: skip
     run_job(tiny_job(tmp_path, **changes))
     seen = losses(tmp_path / "run")
     assert seen[-1] < 0.8 * seen[0]
-    job = tiny_job(tmp_path, **changes, output=str(tmp_path / "again"))
-    resumed = {**job.model_dump(mode="json")["train"], "resume": str(tmp_path / "run" / "checkpoint-4")}
+    resumed = {**changes["train"], "resume": str(tmp_path / "run" / "checkpoint-4")}
     run_job(tiny_job(tmp_path, **{**changes, "train": resumed, "output": str(tmp_path / "again")}))
     assert losses(tmp_path / "again") == seen[4:]
+
+
+@pytest.mark.slow
+def test_on_policy_the_student_answers_and_needs_no_rewards(tmp_path):
+    tiny_job(tmp_path)
+    teacher = str(model_folder(tmp_path / "teacher"))
+    job = tiny_job(
+        tmp_path, objective={"kind": "distill", "teacher": teacher, "on_policy": True}, data={"eval": None},
+        rollout={"group": 1, "max_new_tokens": 6}, train={"max_steps": 2},
+    )  # fmt: skip
+    run_job(job)
+    seen = losses(tmp_path / "run")
+    assert len(seen) == 2 and abs(seen[0]) < 1e-9 and np.isfinite(seen[1])  # the teacher begins as the student does

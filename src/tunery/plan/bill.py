@@ -10,8 +10,9 @@ from tunery.checkpoint import save_interval
 from tunery.plan.choose import best, rungs_of
 from tunery.plan.ladder import Change, ladder
 from tunery.plan.planner import Memory, Planner
-from tunery.plan.reference import reference_cost
+from tunery.plan.reference import reference_cost, teacher_seconds
 from tunery.plan.work import AssumedRows, Work
+from tunery.progress import human
 
 
 @dataclass
@@ -53,18 +54,20 @@ class Plan:
 @dataclass(frozen=True)
 class Measured:
     """Real steps: tokens of each stream of each step, seconds of each step, and bytes at the worst moment, with what
-    the device's allocator and libraries hold (on a CPU the whole process)."""
+    the device's allocator and libraries hold (on a CPU the whole process). `fell_to`: train.micro_tokens and
+    train.checkpointing where memory ran out on what the plan had; the steps are those after that."""
 
     streams: list[list[int]]
     seconds: list[float]
     peak: int
+    fell_to: tuple[int, str] | None = None
 
 
-def make_plan(planner: Planner) -> Plan:
-    """The plan of the planner's job on its device."""
+def make_plan(planner: Planner, cut: tuple[int, str] | None = None) -> Plan:
+    """The plan of the planner's job on its device; with a `cut` (train.micro_tokens, train.checkpointing) instead of
+    the fastest that fits, where one is given."""
     job, device, rows = planner.job, planner.device, planner.rows
-    rungs = rungs_of(job, device)
-    micro_tokens, rung = best(planner, rungs)
+    micro_tokens, rung = cut or best(planner, rungs_of(job, device))
     memory, work = planner.memory(micro_tokens, rung), planner.work(micro_tokens)
     seconds, once, disk = planner.seconds(micro_tokens, rung), 0.0, _disk(planner, work)
     notes = []
@@ -73,6 +76,13 @@ def make_plan(planner: Planner) -> Plan:
         memory = replace(memory, weights=memory.weights + reference.memory)
         seconds, once, disk = seconds + reference.each_step, reference.once, disk + reference.disk
         notes.append(reference.note)
+    if planner.shadow.teacher_bytes:
+        beside = teacher_seconds(planner, micro_tokens, rung)
+        seconds += beside
+        notes.append(
+            f"the teacher's weights take {human(planner.shadow.teacher_bytes)}B, and its forward about {beside:.2g} s "
+            "of each step (by its size)"
+        )
     fits = memory.total <= device.memory
     if isinstance(rows, AssumedRows) and not job.rewards:  # answers to come are another matter (plan/command.py)
         notes.append(
@@ -101,32 +111,49 @@ def make_plan(planner: Planner) -> Plan:
         tokens=None if work.steps is None else round(work.tokens * work.steps),
         seconds=None if work.steps is None else seconds * work.steps + once,
         disk=disk,
-        ladder=[] if fits and (micro_tokens, rung) == (planner.most, rungs[0]) else ladder(planner),
+        ladder=_ladder(planner, fits, micro_tokens, rung),
         notes=notes,
     )
 
 
+def _ladder(planner: Planner, fits: bool, micro_tokens: int, rung: str) -> list[Change]:
+    """None of it where a run takes the most there is any use in."""
+    at_its_best = (micro_tokens, rung) == (planner.most, rungs_of(planner.job, planner.device)[0])
+    return [] if fits and at_its_best else ladder(planner)
+
+
 def corrected(plan: Plan, planner: Planner, measured: Measured) -> Plan:
     """The plan with its times scaled to those of real steps (the first of them, which warms up, apart), and with the
-    overhead that was there."""
+    overhead that was there; of the rung they fell to, where they did; with the ladder anew."""
+    if measured.fell_to is not None:
+        said = f"memory ran out with micro-batches of {plan.micro_tokens:,} tokens, checkpointing {plan.checkpointing}"
+        plan = replace(make_plan(planner, measured.fell_to), notes=[*plan.notes, f"--probe: {said}; this is what is left"])
     line = planner.line(plan.checkpointing)
     expected = [planner.step_seconds(streams, plan.checkpointing) for streams in measured.streams]
     skip = 1 if len(expected) > 1 else 0
     factor = sum(measured.seconds[skip:]) / sum(expected[skip:])
-    largest = max(tokens for streams in measured.streams for tokens in streams)
-    tensors = plan.memory.weights + plan.memory.optimizer + line.memory(largest)
-    memory = replace(plan.memory, overhead=max(0, measured.peak - tensors))
+    moving = line.memory(max(tokens for streams in measured.streams for tokens in streams))
+    overhead = max(0, measured.peak - plan.memory.weights - plan.memory.optimizer - moving)
+    memory = replace(plan.memory, overhead=overhead)
+    fits = memory.total <= plan.device_memory
+    here = planner.with_overhead(max(0, overhead - int(planner.device.slack * moving)))
     note = f"corrected by {len(expected)} real steps: time x {factor:.2f} of what was expected"
     return replace(
         plan,
         memory=memory,
-        fits=memory.total <= plan.device_memory,
+        fits=fits,
         tokens_per_second=plan.tokens_per_second / factor,
         seconds_per_step=plan.seconds_per_step * factor,
         seconds=None if plan.seconds is None else plan.seconds * factor,
         times="corrected",
+        ladder=_ladder(here, fits, plan.micro_tokens, plan.checkpointing),
         notes=[*plan.notes, note],
     )
+
+
+def out_of_memory(plan: Plan, planner: Planner, said: str) -> Plan:
+    """The plan of a job whose real steps found no memory on any rung that is open to it, as was `said`."""
+    return replace(plan, fits=False, ladder=ladder(planner), notes=[*plan.notes, f"--probe: {said}"])
 
 
 def _disk(planner: Planner, work: Work) -> int:

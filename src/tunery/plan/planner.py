@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
@@ -81,6 +82,12 @@ class Planner:
         self._traced = lru_cache(maxsize=None)(self._trace)
         self.line = lru_cache(maxsize=None)(self._line)
 
+    def with_overhead(self, overhead: int) -> Planner:
+        """The same about a device with another overhead; what was run on shapes is not run again."""
+        other = copy(self)
+        other.device = replace(self.device, overhead=overhead)
+        return other
+
     def _work(self, micro_tokens: int) -> Work:
         return work_of(self.job, self.rows, micro_tokens, self.world)
 
@@ -128,15 +135,19 @@ class Planner:
         worst = max(peaks, key=lambda peak: peak.dynamic)
         slack = int(self.device.slack * (worst.activations + worst.logits + worst.temporaries))
         return Memory(
-            self.shadow.weight_bytes, state, worst.gradients, worst.activations, worst.logits, worst.temporaries,
+            self._weights, state, worst.gradients, worst.activations, worst.logits, worst.temporaries,
             self.device.overhead + slack,
         )  # fmt: skip
 
     def about(self, micro_tokens: int, rung: str) -> int:
         """The same, nearly, without running anything: bytes in all."""
         moving = self.line(rung).memory(self.work(micro_tokens).largest.tokens)
-        fixed = self.shadow.weight_bytes + self.optimizer[0] + self.device.overhead
+        fixed = self._weights + self.optimizer[0] + self.device.overhead
         return fixed + round((1 + self.device.slack) * moving)
+
+    @property
+    def _weights(self) -> int:
+        return self.shadow.weight_bytes + self.shadow.teacher_bytes
 
     def _peaks(self, profile: Profile, stream: Stream, rung: str) -> list[Peak]:
         """Of one micro-batch. Offloaded are, as against the rung full, each layer's input but for two on their way."""

@@ -1,4 +1,5 @@
-"""What the reference of a preference objective costs a run (see tunery/reference.py for the two ways to have it)."""
+"""What the reference of a preference objective costs a run (see tunery/reference.py for the two ways to have it), and
+the teacher of a distillation."""
 
 from __future__ import annotations
 
@@ -45,6 +46,14 @@ def reference_cost(planner: Planner, micro_tokens: int, rung: str) -> ReferenceC
         f"{human(disk)}B in the run folder"
     )
     return ReferenceCost(0, disk, 0.0, once, note)
+
+
+def teacher_seconds(planner: Planner, micro_tokens: int, rung: str) -> float:
+    """Of a step's teacher: the student's forward, by the weights of both."""
+    work, shadow = planner.work(micro_tokens), planner.shadow
+    share = forward_share(planner.profile(work.largest, rung, work.accumulates))
+    size = shadow.teacher_bytes / (shadow.parameters * planner.dtype.itemsize)
+    return share * planner.seconds(micro_tokens, rung) * size
 
 
 def forward_share(profile: Profile) -> float:

@@ -30,6 +30,7 @@ from tunery.models.recompute import recompute
 from tunery.models.score import scorer_from_config
 from tunery.models.value_head import make_value_head, needs_values
 from tunery.plan.attention import standing_in
+from tunery.plan.teacher import in_its_place, teacher_bytes
 from tunery.policy import REFERENCE, CausalPolicy
 from tunery.types import Batch
 
@@ -92,6 +93,11 @@ class Shadow:
     @cached_property
     def weight_bytes(self) -> int:
         return _bytes(self.model.parameters()) + _bytes(self.model.buffers())
+
+    @cached_property
+    def teacher_bytes(self) -> int:
+        """Of the weights of the model that a distillation learns from."""
+        return teacher_bytes(self.job, self.dtype)
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -180,6 +186,7 @@ def trace(
         )
         if needs_values(objective):
             policy.value_head = make_value_head(policy.parts, shadow.dtype, "cpu")
+        policy.teacher = in_its_place(policy)
         batch = _fake_batch(stream)
         for _ in range(2 if rung == "selective" else 1):  # which learns in its first backward what it need not keep
             for parameter in _trained(model):
