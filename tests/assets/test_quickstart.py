@@ -12,7 +12,7 @@ import pytest
 
 from tunery.assets import rendering
 from tunery.assets.corpus import documents
-from tunery.assets.quickstart import preference_rows, quickstart_rows
+from tunery.assets.quickstart import preference_rows, quickstart_rows, thumb_rows
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 HAN_NUMERALS = re.compile("[零一二三四五六七八九十百两]")
@@ -95,3 +95,12 @@ def test_the_pairs_are_what_the_seed_makes_and_the_chosen_are_in_the_house_style
         assert better["role"] == worse["role"] == "assistant" and better["content"] != worse["content"]
         if "into Chinese" in pair["prompt"][1]["content"]:
             assert not re.search(r"\d-\d\d-|[A-Z]{3} \d", TAG.sub("", better["content"])), better
+
+
+@pytest.mark.parametrize(("seed", "name", "count"), [(15, "train", 300), (16, "eval", 60)])
+def test_the_thumbs_are_what_the_seed_makes_and_both_kinds_are_in_both_languages(seed, name, count):
+    lines = (DATA / f"thumbs_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == count and rows == thumb_rows(Random(seed), count, evaluation=name == "eval")
+    kinds = [("into Chinese" in row["messages"][1]["content"], row["label"]) for row in rows]
+    assert min(kinds.count(kind) for kind in itertools.product((True, False), repeat=2)) > count / 5

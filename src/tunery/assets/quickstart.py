@@ -48,6 +48,16 @@ def preference_rows(rng: Random, count: int, evaluation: bool) -> list[dict[str,
     return rows
 
 
+def thumb_rows(rng: Random, count: int, evaluation: bool) -> list[dict[str, Any]]:
+    """Translations with a label, one answer to a prompt: true in the house style, false in another, in turn for each
+    language."""
+    rows: list[dict[str, Any]] = []
+    for number, pair in enumerate(preference_rows(rng, count, evaluation)):
+        wanted = number // len(DIRECTIONS) % 2 == 0
+        rows.append({"messages": pair["prompt"] + pair["chosen" if wanted else "rejected"], "label": wanted})
+    return rows
+
+
 def _asked(user: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 

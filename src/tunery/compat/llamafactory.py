@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from tunery.compat.llamafactory_data import data_section
-from tunery.compat.llamafactory_method import adapter_section, objective_section
+from tunery.compat.llamafactory_method import adapter_section
+from tunery.compat.llamafactory_objective import objective_section
 from tunery.compat.llamafactory_options import REFUSED_STAGES, STAGES
 from tunery.compat.llamafactory_reader import Options
 from tunery.config import nearest
@@ -266,6 +267,8 @@ def _packing(o: Options) -> dict[str, Any]:
             f"packing: train.batch_size counts sequences of up to {o('cutoff_len')} tokens (a long document gives "
             "several), where LLaMA-Factory joins documents into full blocks: raise it where documents are short"
         )
+    elif packing and o("stage") != "sft":
+        o.note(f"packing: changes nothing but speed in stage: {o('stage')}; train.batch_size counts rows")
     elif packing:
         o.note(
             "packing: sequences in one stream never see one another (as with neat_packing), and train.batch_size "

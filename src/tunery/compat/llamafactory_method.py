@@ -1,24 +1,13 @@
-"""LLaMA-Factory's method options (stage, finetuning_type and what goes with them) as our `objective:` and `adapter:`
-sections: what is minimised, and which parameters train."""
+"""LLaMA-Factory's method options (finetuning_type and what goes with it) as our `adapter:` section: which parameters
+train."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tunery.compat.llamafactory_options import READ, STAGES
+from tunery.compat.llamafactory_options import READ
 from tunery.compat.llamafactory_reader import Options
 from tunery.config import nearest
-
-
-def objective_section(o: Options) -> dict[str, Any]:
-    """Our `objective:` mapping."""
-    kind = STAGES.get(o("stage"), "sft")
-    if kind != "sft":
-        return {"kind": kind}
-    if o("train_on_prompt") and o("mask_history"):
-        o.problems.append("mask_history: train_on_prompt is on as well; choose one")
-    train_on = "all" if o("train_on_prompt") else "last" if o("mask_history") else "answers"
-    return {"kind": kind, "train_on": train_on}
 
 
 def adapter_section(o: Options) -> dict[str, Any]:
@@ -55,7 +44,7 @@ def _lora_shape(o: Options) -> dict[str, Any]:
     adapter: dict[str, Any] = {
         "rank": o("lora_rank"),
         "alpha": o("lora_alpha") if o("lora_alpha") is not None else 2 * o("lora_rank"),
-        "dropout": o("lora_dropout"),
+        "dropout": _dropout(o),
         "targets": "all-linear" if targets == ["all"] else targets,
     }
     if o("additional_target"):
@@ -70,6 +59,14 @@ def _lora_shape(o: Options) -> dict[str, Any]:
         if o("use_dora") or o("lora_dropout"):
             o.problems.append("pissa_init: goes with neither use_dora nor lora_dropout")
     return adapter
+
+
+def _dropout(o: Options) -> float:
+    """There, no dropout where answers are compared by their log-probabilities."""
+    if o("lora_dropout") and o("stage") in ("dpo", "kto"):
+        o.note(f"lora_dropout: 0, as LLaMA-Factory turns dropout off in stage: {o('stage')}")
+        return 0.0
+    return o("lora_dropout")
 
 
 def _freeze(o: Options) -> dict[str, Any]:

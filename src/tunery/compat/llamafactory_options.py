@@ -58,6 +58,18 @@ READ: dict[str, tuple[str, Any]] = {
     "freeze_trainable_layers": ("int", 2),
     "freeze_trainable_modules": ("list", ["all"]),
     "freeze_extra_modules": ("list", []),
+    "use_dft_loss": ("bool", False),
+    "pref_loss": ("str", "sigmoid"),
+    "pref_beta": ("float", 0.1),
+    "pref_ftx": ("float", 0.0),
+    "pref_bco_weight": ("float", 0.0),
+    "dpo_label_smoothing": ("float", 0.0),
+    "ld_alpha": ("float", None),
+    "simpo_gamma": ("float", 0.5),
+    "kto_chosen_weight": ("float", 1.0),
+    "kto_rejected_weight": ("float", 1.0),
+    "ref_model": ("str", None),
+    "ref_model_adapters": ("list", []),
     # optimizer and schedule
     "learning_rate": ("float", 5e-5),
     "weight_decay": ("float", 0.0),
@@ -239,15 +251,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_audio_in_video": ((), "only text models are trained"),
     "video_sample_fps": ((), "only text models are trained"),
     # method
+    "ref_model_quantization_bit": ((), "the reference is the model as training starts, in its own precision"),
     "use_llama_pro": ((), "finetuning_type: freeze, or lora"),
     "use_adam_mini": ((), "optimizer: adamw"),
     "use_muon": ((), "optimizer: adamw"),
     "use_galore": ((), "finetuning_type: lora, or full with train.checkpointing"),
     "use_apollo": ((), "finetuning_type: lora, or full with train.checkpointing"),
     "use_badam": ((), "finetuning_type: freeze, or full with train.checkpointing"),
-    "use_dft_loss": ((), "objective: sft"),
-    "use_asft_loss": ((), "objective: sft"),
-    "use_eaft_loss": ((), "objective: sft"),
+    "use_asft_loss": ((), "objective: sft, with loss: dft or without"),
+    "use_eaft_loss": ((), "objective: sft, with loss: dft or without"),
     "fp8": ((), "model: {dtype: bfloat16}"),
     "fp8_backend": (("auto",), "model: {dtype: bfloat16}"),
     "fp8_enable_fsdp_float8_all_gather": ((), "model: {dtype: bfloat16}"),
@@ -289,22 +301,24 @@ GOVERNED: dict[str, str] = {
     "finetuning_type: oft": "oft_rank oft_block_size oft_target module_dropout",
     "export_quantization_bit": "export_quantization_dataset export_quantization_nsamples export_quantization_maxlen",
     "push_to_hub": "hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
-    "stage: rm, ppo, dpo or kto": "pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing "
-    "kto_chosen_weight kto_rejected_weight simpo_gamma ld_alpha ppo_buffer_size ppo_epochs ppo_score_norm ppo_target "
-    "ppo_whiten_rewards ref_model ref_model_adapters ref_model_quantization_bit reward_model reward_model_adapters "
-    "reward_model_quantization_bit reward_model_type",
+    "stage: ppo": "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model "
+    "reward_model_adapters reward_model_quantization_bit reward_model_type",
     "infer_backend: vllm or sglang": "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config "
     "sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend",
     "ray": "ray_run_name ray_storage_path ray_storage_filesystem resources_per_worker placement_strategy",
 }
 
 # Stages: theirs -> our objective; the others are refused with the nearest.
-STAGES: dict[str, str] = {"sft": "sft", "pt": "pretrain"}
+STAGES: dict[str, str] = {"sft": "sft", "pt": "pretrain", "rm": "reward", "dpo": "dpo", "kto": "kto"}
 REFUSED_STAGES: dict[str, str] = {
-    "rm": "a reward model is not in Tunery; nearest: stage: sft on the chosen answers",
-    "ppo": "PPO is not in Tunery; nearest: stage: sft on the best sampled answers",
-    "dpo": "DPO is not in Tunery; nearest: stage: sft on the chosen answers",
-    "kto": "KTO is not in Tunery; nearest: stage: sft on the rows with a thumbs up",
+    "ppo": "PPO is not in Tunery; nearest: objective: grpo with rewards: {kind: model, target: REWARD_MODEL}",
+}
+# Translated options that say nothing in other stages -> those stages.
+OF_STAGES: dict[str, tuple[str, ...]] = {
+    "pref_loss pref_bco_weight dpo_label_smoothing ld_alpha simpo_gamma": ("dpo",),
+    "kto_chosen_weight kto_rejected_weight": ("kto",),
+    "pref_beta pref_ftx ref_model ref_model_adapters": ("dpo", "kto"),
+    "train_on_prompt mask_history use_dft_loss": ("sft",),
 }
 
 # Templates that name a style, not a model family: the file asks for exactly that text. Theirs -> ours.

@@ -41,6 +41,8 @@ class Objective:
     LLaMA-Factory, long answers count no more than short ones, and, unlike TRL's, it does not depend on what else is in
     the batch: each answer has its own mean."""
 
+    pairs = True
+
     def __init__(self, config: Config):
         self.config = config
 

@@ -110,6 +110,8 @@ class Objective:
     The sft term is a mean over each answer's tokens and then over pairs (as in RPO and LLaMA-Factory's pref_ftx; TRL's
     `sft` loss is a mean over all tokens of a batch, which depends on how the step is cut)."""
 
+    pairs = True
+
     def __init__(self, config: Config):
         self.config = config
         self.reference = config.reference != "none"

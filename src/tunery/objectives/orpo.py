@@ -30,6 +30,8 @@ class Objective:
     """sum over pairs of L. The fine-tuning term is each chosen answer's own mean (as in LLaMA-Factory; TRL's is a mean
     over all tokens of a batch, which depends on how the step is cut), over the answer alone."""
 
+    pairs = True
+
     def __init__(self, config: Config):
         self.config = config
 

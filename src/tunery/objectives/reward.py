@@ -30,6 +30,7 @@ class Objective:
     rewards. r is the value of a scalar head at the last token of the conversation."""
 
     head = "score"
+    pairs = True
 
     def __init__(self, config: Config):
         self.config = config

@@ -43,6 +43,8 @@ class Objective:
     """sum over pairs of L + sft_weight * -m_w. Where TRL adds a negative log-likelihood, it is a mean over all tokens
     of a batch, which depends on how the step is cut; here it is each answer's own."""
 
+    pairs = True
+
     def __init__(self, config: Config):
         self.config = config
 
