@@ -22,6 +22,7 @@ from tunery.kernels.linear_cross_entropy import TokenLosses, chunk_rows, token_l
 from tunery.models.attention import library_attention, set_attention
 from tunery.models.boundary import Boundary, Enough, Probed, probe
 from tunery.models.parts import Parts, cap_and_scale, scalar, take_apart, unwrap
+from tunery.models.routers import watched_routers
 from tunery.models.sharing import both_ways
 from tunery.types import Batch
 
@@ -121,6 +122,14 @@ class CausalPolicy:
         h_NH = self._hidden(batch)[batch.labelled_N]
         logps_N, _ = self._logps_of(h_NH, batch.targets_T[batch.labelled_N])
         return _spread(batch, logps_N), _spread(batch, scalar(self.value_head, h_NH))
+
+    def routing(self) -> AbstractContextManager[list[Tensor]]:
+        """Around a forward: what the routers of its experts said, [T, experts] each. Raises ModelError without any."""
+        return watched_routers(self.causal)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.causal.config.get_text_config().num_experts_per_tok
 
     def lazy_logits(self, batch: Batch) -> LazyLogits:
         """The logits of the labelled rows, not yet made; the whole matrix only of a model without a head apart."""

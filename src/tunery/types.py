@@ -243,6 +243,13 @@ class Policy(Protocol):
         (`reference = True`)."""
         ...
 
+    def routing(self) -> Any:
+        """A context around a forward: a list that fills with its routers' logits, [T, experts] each."""
+        ...
+
+    @property
+    def experts_per_token(self) -> int: ...
+
     def lazy_logits(self, batch: Batch) -> Any:
         """The labelled rows' logits as kernels/divergence.py's LazyLogits: made in chunks where they are needed."""
         ...

@@ -11,9 +11,12 @@ from tiny_model import byte_tokenizer
 from tiny_models import random_sequences, reference_loss, tiny_model
 from tunery.config import build, load_kind
 from tunery.data.collate import collate
+from tunery.errors import ModelError
 from tunery.kernels.linear_cross_entropy import linear_token_losses
 from tunery.models.load import hook_attention
+from tunery.models.recompute import recompute
 from tunery.objectives import sft
+from tunery.objectives._experts import load_balance
 from tunery.policy import CausalPolicy
 from tunery.types import Example, Message
 
@@ -163,3 +166,47 @@ def test_metrics_say_what_the_loss_is_made_of():
     metrics = sft.Objective(sft.Config(z_loss=0.1)).loss(policy, batch).metrics
     torch.testing.assert_close(metrics["nll"][0], plain.detach())
     torch.testing.assert_close(metrics["loss"][0], metrics["nll"][0] + metrics["z_loss"][0])
+
+
+# ------------------------------------------------------------ mixtures of experts
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("rung", ["none", "full"])
+def test_the_balance_of_experts_is_the_librarys(family, rung):
+    """transformers' load_balancing_loss_func on one sequence, value and gradient, activations recomputed or not."""
+    tokens = random_sequences((23,))[0]
+    ids = torch.from_numpy(tokens.ids.astype("int64"))[None]
+    model = tiny_model(family, torch.float32, output_router_logits=True).train()
+    out = model(input_ids=ids, use_cache=False)
+    weight = float(tokens.weights[1:].sum())
+    expected = reference_loss(model, [tokens]) + 0.5 * weight * out.aux_loss
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    policy = CausalPolicy(model)
+    recompute(model, rung)
+    made = sft.Objective(sft.Config(balance_loss=0.5)).loss(policy, collate([tokens]))
+    made.sum.backward()
+    torch.testing.assert_close(made.sum.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-4)
+    shares = [count / total for name, (count, total) in made.metrics.items() if name.startswith("experts/")]
+    assert len(shares) == 4 and float(sum(shares)) == pytest.approx(1.0)
+    assert not any(value.requires_grad for pair in made.metrics.values() for value in pair)
+
+
+def test_balance_by_hand():
+    """Two tokens, two experts, one each: both choose expert 0, at 3/4. 2 (1 * 3/4 + 0 * 1/4) = 1.5; even: 1."""
+    logits = torch.tensor([[3.0, 1.0], [3.0, 1.0]], dtype=torch.float64).log()
+    balance, chosen = load_balance([logits], 1)
+    assert float(balance) == pytest.approx(1.5) and chosen.tolist() == [2, 0]
+    balance, chosen = load_balance([logits, logits.flip(-1)], 1)
+    assert float(balance) == pytest.approx(1.0) and chosen.tolist() == [2, 2]
+
+
+def test_a_model_without_experts_has_none_to_balance():
+    policy = CausalPolicy(tiny_model().eval(), dtype=torch.float64)
+    with pytest.raises(ModelError, match="no routers"):
+        sft.Objective(sft.Config(balance_loss=0.1)).loss(policy, collate(random_sequences()))
