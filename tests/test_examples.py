@@ -71,6 +71,22 @@ def test_readme_commands_run(readme, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: p.stem)
+def test_readme_preferences_run(readme, tmp_path, monkeypatch):
+    """The job of pairs on the embedded base, and its commands, in order."""
+    monkeypatch.chdir(tmp_path)
+    pairs = (ROOT / "examples/data/preferences_eval.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "my_pairs.jsonl").write_text(pairs, encoding="utf-8")
+    job = next(b for b in blocks(readme, "yaml") if "my_pairs.jsonl" in b)
+    (tmp_path / "my_preferences.yaml").write_text(job, encoding="utf-8")
+    commands = [line.partition("#")[0].split()[1:] for b in blocks(readme, "sh") for line in b.splitlines()]
+    assert [words[0] for words in commands] == ["inspect", "train"]
+    for words in commands:
+        done = tunery(*words, "model=builtin:tiny", *(SHORT if words[0] == "train" else []))
+        assert done.returncode == 0, (words, done.stderr)
+    assert (tmp_path / "runs/preferences/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.stem)
 def test_readme_python_runs(readme, tmp_path, monkeypatch, capsys):
     (code,) = blocks(readme, "python")
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -401,6 +401,10 @@ def test_checkpointing_is_asked_for_or_mentioned():
     assert "checkpointing" not in notes(disable_gradient_checkpointing=True)
 
 
+def test_a_bare_no_is_the_word():
+    assert job("save_strategy: no\neval_strategy: no").train.save_every == NEVER
+
+
 def test_trackers():
     assert job(report_to="none").report.to == []
     assert job(report_to=["tensorboard", "mlflow"]).report.to == ["tensorboard", "mlflow"]

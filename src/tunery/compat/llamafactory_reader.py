@@ -22,7 +22,8 @@ class Options:
             if name not in KNOWN:
                 self.problems.append(f"{given}: unknown option{nearest(str(given), sorted(KNOWN))}")
             elif value is not None:
-                self.values[name] = value
+                off = value is False and name.endswith("_strategy")  # what YAML makes of a bare `no`
+                self.values[name] = value = "no" if off else value
                 self._judge(name, value)
 
     def _judge(self, name: str, value: Any) -> None:
