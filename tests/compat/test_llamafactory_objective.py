@@ -134,11 +134,12 @@ def test_what_does_not_go_together_is_refused_by_name():
 
 
 def test_options_of_other_stages_are_mentioned():
-    text = notes(pref_beta=0.1, kto_chosen_weight=1.0, ref_model="x", reward_model="y")
+    text = notes(pref_beta=0.1, kto_chosen_weight=1.0, ref_model="x", reward_model="y", top_p=0.5)
     for line in ("pref_beta: ignored; no effect without stage: dpo or kto",
                  "kto_chosen_weight: ignored; no effect without stage: kto",
-                 "ref_model: ignored; no effect without stage: dpo or kto",
-                 "reward_model: ignored; no effect without stage: ppo"):  # fmt: skip
+                 "ref_model: ignored; no effect without stage: dpo or kto or ppo",
+                 "reward_model: ignored; no effect without stage: ppo",
+        "top_p: ignored; no effect without stage: ppo"):  # fmt: skip
         assert line in text.splitlines()
     assert "pref_beta" not in notes(stage="dpo", pref_beta=0.1)
     assert "pref_bco_weight: ignored" in notes(stage="dpo", pref_loss="orpo", pref_bco_weight=0.5)
@@ -166,3 +167,32 @@ def test_dropout_is_off_where_it_is_there():
         assert job(stage=stage, lora_dropout=0.1).adapter.dropout == expected  # type: ignore[attr-defined]
     assert "lora_dropout: 0, as" in notes(stage="dpo", lora_dropout=0.1)
     assert "changes nothing but speed" in notes(stage="dpo", packing=True)
+
+
+def test_ppo(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    result = job(
+        stage="ppo", reward_model="runs/reward", ppo_buffer_size=2, ppo_epochs=3, ppo_score_norm=True, max_steps=10,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, save_steps=5, logging_steps=1, warmup_steps=2,
+        max_new_tokens=64, top_k=0, top_p=0.9,
+    )  # fmt: skip
+    ppo = result.objective.model_dump()
+    assert (ppo["kind"], ppo["beta"], ppo["kl_target"], ppo["score_norm"]) == ("ppo", 0.2, 6.0, True)
+    assert (ppo["gae_lambda"], ppo["gamma"], ppo["clip_low"], ppo["value_clip"]) == (0.95, 1.0, 0.2, 0.2)
+    assert (ppo["value_weight"], ppo["kl_horizon"], ppo["whiten_rewards"]) == (0.1, 10000, False)
+    assert [(reward.kind, reward.target) for reward in result.rewards] == [("model", "runs/reward")]  # type: ignore
+    rollout = result.rollout
+    assert (rollout.group, rollout.minibatches, rollout.iterations, rollout.max_new_tokens) == (1, 2, 3, 64)
+    assert (rollout.temperature, rollout.top_p, rollout.top_k) == (0.95, 0.9, 0)
+    train = result.train  # its steps are rollouts of 16 prompts, each 6 optimizer steps
+    assert (train.batch_size, train.max_steps, train.save_every, train.log_every) == (16, 60, 30, 6)
+    assert result.schedule.warmup == 12
+    assert "reward_model: is required" in problem(stage="ppo")
+    for name, value in (
+        ("reward_model_type", "api"),
+        ("do_sample", False),
+        ("num_beams", 4),
+        ("repetition_penalty", 1.1),
+    ):
+        text = problem(**{"stage": "ppo", "reward_model": "x", name: value})
+        assert f"{name}: " in text and "is not in Tunery; nearest: " in text

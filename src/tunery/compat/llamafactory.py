@@ -18,13 +18,27 @@ import yaml
 from tunery.compat.llamafactory_data import data_section
 from tunery.compat.llamafactory_method import adapter_section
 from tunery.compat.llamafactory_objective import objective_section
-from tunery.compat.llamafactory_options import REFUSED_STAGES, STAGES
+from tunery.compat.llamafactory_options import STAGES
+from tunery.compat.llamafactory_ppo import rewards_section, rollout_section, steps_per_rollout
 from tunery.compat.llamafactory_reader import Options
 from tunery.config import nearest
 from tunery.config_file import apply_overrides, read_config
 from tunery.errors import ConfigError
 
-SECTIONS = ("model", "data", "objective", "adapter", "optimizer", "schedule", "train", "eval", "report", "output")
+SECTIONS = (
+    "model",
+    "data",
+    "objective",
+    "rewards",
+    "rollout",
+    "adapter",
+    "optimizer",
+    "schedule",
+    "train",
+    "eval",
+    "report",
+    "output",
+)
 MARKS = ("model_name_or_path", "stage", "finetuning_type", "export_dir", "cutoff_len", "per_device_train_batch_size")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab")
 NEVER = 1_000_000  # steps; the end of a run counts always
@@ -108,6 +122,8 @@ def _job(o: Options) -> dict[str, Any]:
         "model": _model(o),
         "data": data_section(o),
         "objective": objective_section(o),
+        "rewards": rewards_section(o) if o("stage") == "ppo" else {},
+        "rollout": rollout_section(o) if o("stage") == "ppo" else {},
         "adapter": adapter_section(o),
         "optimizer": _optimizer(o),
         "schedule": _schedule(o),
@@ -121,10 +137,8 @@ def _job(o: Options) -> dict[str, Any]:
 
 def _check_stage(o: Options) -> None:
     stage = o("stage")
-    if stage in REFUSED_STAGES:
-        o.problems.append(f"stage: {stage!r}: {REFUSED_STAGES[stage]}")
-    elif stage not in STAGES:
-        o.problems.append(f"stage: unknown stage {stage!r}{nearest(stage, [*STAGES, *REFUSED_STAGES])}")
+    if stage not in STAGES:
+        o.problems.append(f"stage: unknown stage {stage!r}{nearest(stage, STAGES)}")
     if o("do_train") is None:
         if o("do_eval") or o("do_predict"):
             o.problems.append("do_train: is missing; nearest to evaluation alone: tunery generate TARGET data.jsonl")
@@ -218,7 +232,8 @@ def _warmup(o: Options) -> float | int:
     """Steps win over the share, as in transformers; a number of steps below 1 is a share there too."""
     if not 0 <= o("warmup_ratio") < 1:
         o.problems.append(f"warmup_ratio: expected a share below 1, got {o('warmup_ratio')!r}")
-    warmup = o("warmup_steps") or o("warmup_ratio")
+    steps = o("warmup_steps")
+    warmup = (steps * steps_per_rollout(o) if steps >= 1 else steps) or o("warmup_ratio")
     if warmup:
         o.note("warm-up: the first update has 1/w of the learning rate here and 0 in LLaMA-Factory, one step ahead")
     return warmup
@@ -226,14 +241,14 @@ def _warmup(o: Options) -> float | int:
 
 def _train(o: Options) -> dict[str, Any]:
     parts = o("per_device_train_batch_size"), o("gradient_accumulation_steps"), int(os.environ.get("WORLD_SIZE", "1"))
-    batch_size = parts[0] * parts[1] * parts[2]
+    batch_size = parts[0] * parts[1] * parts[2] * (o("ppo_buffer_size") if o("stage") == "ppo" else 1)
     o.note(
         f"train.batch_size: {batch_size} = {parts[0]} a device x {parts[1]} accumulated x {parts[2]} devices, "
         "counted over all ranks; it stays the same on another number of devices"
     )
     train: dict[str, Any] = {"epochs": o("num_train_epochs"), "batch_size": batch_size, "seed": o("seed")}
     if o("max_steps") > 0:
-        train["max_steps"] = o("max_steps")
+        train["max_steps"] = o("max_steps") * steps_per_rollout(o)
     train |= _packing(o)
     if o("disable_shuffling"):
         train["shuffle"] = False
@@ -254,7 +269,7 @@ def _train(o: Options) -> dict[str, Any]:
     train["keep"] = o("save_total_limit") or None
     train["resume"] = _resume(o)
     if o("logging_strategy") == "steps" and o("logging_steps") >= 1:
-        train["log_every"] = o("logging_steps")
+        train["log_every"] = o("logging_steps") * steps_per_rollout(o)
     else:
         o.note("logging: every 5 steps; train.log_every is another number of steps")
     return train
@@ -290,7 +305,7 @@ def _interval(o: Options, strategy: str, steps: float | int | None) -> float | i
     """How often: steps, a share of the run below 1, None for every epoch, or NEVER."""
     kind = o(strategy)
     if kind == "steps":
-        return steps
+        return steps * steps_per_rollout(o) if steps and steps >= 1 else steps
     if kind not in ("epoch", "no"):
         o.refuse(strategy, "steps, epoch or no")
     return NEVER if kind == "no" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunery.compat.llamafactory_options import OF_STAGES, STAGES
+from tunery.compat.llamafactory_ppo import ppo_objective
 from tunery.compat.llamafactory_reader import Options
 from tunery.config import nearest
 
@@ -24,6 +25,9 @@ def objective_section(o: Options) -> dict[str, Any]:
         return _preference(o)
     if stage == "kto":
         return _thumbs(o)
+    if stage == "ppo":
+        _reference(o)
+        return ppo_objective(o)
     if stage == "rm":
         o.note(
             "stage: rm is saved as a sequence classification with one label, which transformers loads, where "

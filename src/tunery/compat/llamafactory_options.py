@@ -70,6 +70,20 @@ READ: dict[str, tuple[str, Any]] = {
     "kto_rejected_weight": ("float", 1.0),
     "ref_model": ("str", None),
     "ref_model_adapters": ("list", []),
+    "ppo_buffer_size": ("int", 1),
+    "ppo_epochs": ("int", 4),
+    "ppo_score_norm": ("bool", False),
+    "ppo_target": ("float", 6.0),
+    "ppo_whiten_rewards": ("bool", False),
+    "reward_model": ("str", None),
+    "reward_model_adapters": ("list", []),
+    "reward_model_type": ("str", "lora"),
+    "do_sample": ("bool", True),
+    "temperature": ("float", 0.95),
+    "top_p": ("float", 0.7),
+    "top_k": ("int", 50),
+    "num_beams": ("int", 1),
+    "repetition_penalty": ("float", 1.0),
     # optimizer and schedule
     "learning_rate": ("float", 5e-5),
     "weight_decay": ("float", 0.0),
@@ -211,13 +225,7 @@ IGNORED: dict[str, str] = {
     "swanlab_api_key": "set SWANLAB_API_KEY in the environment instead",
     "swanlab_logdir": "set SWANLAB_LOG_DIR in the environment instead",
     # used by its chat and prediction only
-    "do_sample": "generation while training is greedy; sampling is an option of `tunery chat` and `tunery generate`",
-    "temperature": "an option of `tunery chat` and `tunery generate`",
-    "top_p": "an option of `tunery chat` and `tunery generate`",
-    "top_k": "an option of `tunery chat` and `tunery generate`",
-    "num_beams": "generation while training is greedy",
     "max_length": "generation is bounded by max_new_tokens",
-    "repetition_penalty": "an option of `tunery chat` and `tunery generate`",
     "length_penalty": "only concerns beam search",
     "skip_special_tokens": "scores are of the text without special tokens",
 }
@@ -252,6 +260,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "video_sample_fps": ((), "only text models are trained"),
     # method
     "ref_model_quantization_bit": ((), "the reference is the model as training starts, in its own precision"),
+    "reward_model_quantization_bit": ((), "the reward model in its own precision"),
     "use_llama_pro": ((), "finetuning_type: freeze, or lora"),
     "use_adam_mini": ((), "optimizer: adamw"),
     "use_muon": ((), "optimizer: adamw"),
@@ -301,23 +310,22 @@ GOVERNED: dict[str, str] = {
     "finetuning_type: oft": "oft_rank oft_block_size oft_target module_dropout",
     "export_quantization_bit": "export_quantization_dataset export_quantization_nsamples export_quantization_maxlen",
     "push_to_hub": "hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
-    "stage: ppo": "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards reward_model "
-    "reward_model_adapters reward_model_quantization_bit reward_model_type",
     "infer_backend: vllm or sglang": "vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config "
     "sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend",
     "ray": "ray_run_name ray_storage_path ray_storage_filesystem resources_per_worker placement_strategy",
 }
 
-# Stages: theirs -> our objective; the others are refused with the nearest.
-STAGES: dict[str, str] = {"sft": "sft", "pt": "pretrain", "rm": "reward", "dpo": "dpo", "kto": "kto"}
-REFUSED_STAGES: dict[str, str] = {
-    "ppo": "PPO is not in Tunery; nearest: objective: grpo with rewards: {kind: model, target: REWARD_MODEL}",
-}
+# Stages: theirs -> our objective.
+STAGES: dict[str, str] = {"sft": "sft", "pt": "pretrain", "rm": "reward", "dpo": "dpo", "kto": "kto", "ppo": "ppo"}
 # Translated options that say nothing in other stages -> those stages.
 OF_STAGES: dict[str, tuple[str, ...]] = {
     "pref_loss pref_bco_weight dpo_label_smoothing ld_alpha simpo_gamma": ("dpo",),
     "kto_chosen_weight kto_rejected_weight": ("kto",),
-    "pref_beta pref_ftx ref_model ref_model_adapters": ("dpo", "kto"),
+    "pref_beta pref_ftx": ("dpo", "kto"),
+    "ref_model ref_model_adapters": ("dpo", "kto", "ppo"),
+    "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards": ("ppo",),
+    "reward_model reward_model_adapters reward_model_type": ("ppo",),
+    "do_sample temperature top_p top_k num_beams repetition_penalty": ("ppo",),
     "train_on_prompt mask_history use_dft_loss": ("sft",),
 }
 
