@@ -99,7 +99,8 @@ class CausalPolicy:
         rows = batch.labelled_N
         targets_N, weights_N = batch.targets_T[rows], batch.weights_T[rows]
         if self.parts is None:
-            return token_losses(*(x[rows] for x in self._logps_full(batch)), weights_N, dft, z_loss)
+            logps_T, lse_T = self._logps_full(batch)
+            return token_losses(logps_T[rows], lse_T[rows], weights_N, dft, z_loss)
         h_NH, plain = self._hidden(batch)[rows], _plain_head(self.parts.head)
         if plain is None:
             return token_losses(*self._logps_of(h_NH, targets_N), weights_N, dft, z_loss)

@@ -124,7 +124,8 @@ def test_bfloat16_stays_near_float64():
     low = [LazyLogits((x.h_NH / 8).bfloat16(), 200, x.weight_VH.bfloat16()) for x in (student, teacher)]  # type: ignore[union-attr]
     high = [LazyLogits(x.h_NH.double(), 200, x.weight_VH.double()) for x in low]  # type: ignore[union-attr]
     rough, exact = (
-        divergence(*heads, torch.zeros(64).long(), torch.ones(64), Mixture(0.5)).total for heads in (low, high)
+        divergence(mine, other, torch.zeros(64).long(), torch.ones(64), Mixture(0.5)).total
+        for mine, other in (low, high)
     )
     assert rough.dtype == torch.float32
     assert float(rough) == pytest.approx(float(exact), rel=0.02)

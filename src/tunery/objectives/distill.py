@@ -18,19 +18,19 @@ from tunery.types import Batch, Example, Loss, Policy, Refused, Sample, Tokens
 class Config(KindConfig):
     kind: str = "distill"
     teacher: str | None = Field(
-        None, description="the model to learn from, with the same tokenizer; a folder or a name"
+        default=None, description="the model to learn from, with the same tokenizer; a folder or a name"
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "forward_kl", description="KL(teacher || student), KL(student || teacher), or what lies between"
+        default="forward_kl", description="KL(teacher || student), KL(student || teacher), or what lies between"
     )
-    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: near 0 as the forward KL, near 1 as the reverse")
-    temperature: float = Field(1.0, gt=0, description="divides both models' logits before they are compared")
-    sft_weight: float = Field(0.0, ge=0, description="adds this times the answers' negative log-likelihood")
+    beta: float = Field(default=0.5, gt=0, lt=1, description="of jsd: near 0 as the forward KL, near 1 as the reverse")
+    temperature: float = Field(default=1.0, gt=0, description="divides both models' logits before they are compared")
+    sft_weight: float = Field(default=0.0, ge=0, description="adds this times the answers' negative log-likelihood")
     train_on: Literal["answers", "last", "all"] = Field(
-        "answers", description="every assistant turn, the last one only, or the prompt as well"
+        default="answers", description="every assistant turn, the last one only, or the prompt as well"
     )
     on_policy: bool = Field(
-        False, description="on answers that the student gives while it learns (rollout:), not those of the data"
+        default=False, description="on answers that the student gives while it learns (rollout:), not those of the data"
     )
 
     @field_validator("teacher")

@@ -17,16 +17,20 @@ from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
 class Config(KindConfig):
     kind: str = "sft"
     train_on: Literal["answers", "last", "all"] = Field(
-        "answers", description="every assistant turn, the last one only, or the prompt as well"
+        default="answers", description="every assistant turn, the last one only, or the prompt as well"
     )
     loss: Literal["nll", "dft"] = Field(
-        "nll", description="dft weighs each token by the probability it has (dynamic fine-tuning)"
+        default="nll", description="dft weighs each token by the probability it has (dynamic fine-tuning)"
     )
     z_loss: float = Field(
-        0.0, ge=0, description="adds this times logsumexp(logits)^2 of each token, to keep logits small (PaLM: 1e-4)"
+        default=0.0,
+        ge=0,
+        description="adds this times logsumexp(logits)^2 of each token, to keep logits small (PaLM: 1e-4)",
     )
     balance_loss: float = Field(
-        0.0, ge=0, description="of a mixture of experts: adds this times the loss that keeps experts in use (0.001)"
+        default=0.0,
+        ge=0,
+        description="of a mixture of experts: adds this times the loss that keeps experts in use (0.001)",
     )
 
 
