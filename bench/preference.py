@@ -39,9 +39,9 @@ def job(model: str, rows: Path, seed: int, folder: str) -> dict[str, Any]:
         },
         "objective": {"kind": "dpo", "beta": 0.1},
         "adapter": {"kind": "lora", "rank": 16},
-        "optimizer": {"lr": 5e-4},
+        "optimizer": {"lr": 1e-4},
         "schedule": {"kind": "cosine", "warmup": 0.1},
-        "train": {"epochs": 3, "batch_size": 16, "seed": seed, "log_every": 1},
+        "train": {"epochs": 2, "batch_size": 16, "seed": seed, "log_every": 1},
         "eval": {"best": False},
         "output": f"{folder}/run",
     }
