@@ -241,11 +241,17 @@ def _warmup(o: Options) -> float | int:
 
 def _train(o: Options) -> dict[str, Any]:
     parts = o("per_device_train_batch_size"), o("gradient_accumulation_steps"), int(os.environ.get("WORLD_SIZE", "1"))
-    batch_size = parts[0] * parts[1] * parts[2] * (o("ppo_buffer_size") if o("stage") == "ppo" else 1)
+    batch_size = parts[0] * parts[1] * parts[2]
     o.note(
         f"train.batch_size: {batch_size} = {parts[0]} a device x {parts[1]} accumulated x {parts[2]} devices, "
         "counted over all ranks; it stays the same on another number of devices"
     )
+    if o("stage") == "ppo":
+        batch_size *= o("ppo_buffer_size")
+        o.note(
+            f"stage: ppo: a step there is a rollout of {batch_size} rows ({o('ppo_buffer_size')} times the above) and "
+            f"{steps_per_rollout(o)} optimizer steps here, which train.batch_size, max_steps and the like allow for"
+        )
     train: dict[str, Any] = {"epochs": o("num_train_epochs"), "batch_size": batch_size, "seed": o("seed")}
     if o("max_steps") > 0:
         train["max_steps"] = o("max_steps") * steps_per_rollout(o)
