@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tunery.kernels import linear_cross_entropy
-from tunery.kernels.divergence import LazyLogits, Mixture, divergence, reference
+from tunery.kernels.divergence import LazyLogits, Mixture, divergence, reference, top_k_divergence
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
@@ -129,3 +129,51 @@ def test_bfloat16_stays_near_float64():
     )
     assert rough.dtype == torch.float32
     assert float(rough) == pytest.approx(float(exact), rel=0.02)
+
+
+# ------------------------------------------------------------ of the teacher's likeliest tokens alone
+
+
+def likeliest(teacher: LazyLogits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logps, ids = teacher.of(teacher.h_NH).log_softmax(-1).topk(k, -1)
+    return ids, logps
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_all_but_one_of_the_likeliest_are_the_whole_distribution(monkeypatch, beta):
+    """The one token that is left is the only one in its event."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_LOGITS", {"cpu": 13 * 6})  # several chunks
+    teacher, targets, weights = random_head(7, 13, 4, 1), torch.randint(0, 13, (7,)), torch.rand(7).double()
+    results = []
+    for whole in (True, False):
+        head, leaves = trained(random_head(7, 13, 4, 0))
+        mixture = Mixture(beta, 1.0, 0.3)
+        if whole:
+            made = divergence(head, teacher, targets, weights, mixture)
+        else:
+            made = top_k_divergence(head, *likeliest(teacher, 12), targets, weights, mixture)
+        made.total.backward()
+        results.append([*(x.detach() for x in made), *(leaf.grad for leaf in leaves)])
+    for mine, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4)  # LEAST
+
+
+def test_the_likeliest_by_hand():
+    """The student says (1/2, 1/4, 1/4); of the teacher it is known that it says 3/4 for token 0."""
+    z = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    student = LazyLogits(z, 3, torch.eye(3, dtype=torch.float64))
+    given = torch.tensor([[0]]), torch.tensor([[0.75]], dtype=torch.float64).log()
+    made = top_k_divergence(student, *given, torch.tensor([1]), torch.tensor([2.0]), Mixture(0.0))
+    assert float(made.total) == pytest.approx(2 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)))
+    assert float(made.nll) == pytest.approx(2 * math.log(4))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradcheck_of_the_likeliest(beta):
+    given, targets = likeliest(random_head(3, 7, 4, 1), 3), torch.tensor([0, 4, 2])
+
+    def total(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return top_k_divergence(LazyLogits(h, 7, w), *given, targets, torch.ones(3), Mixture(beta)).total
+
+    _, leaves = trained(random_head(3, 7, 4, 0))
+    assert torch.autograd.gradcheck(total, tuple(leaves), atol=1e-8)

@@ -19,8 +19,9 @@ from tunery.job import load_job
 from tunery.loop import run_job
 from tunery.objectives import distill
 from tunery.policy import CausalPolicy
+from tunery.setup import read_data
 from tunery.teacher import Teacher
-from tunery.types import Tokens
+from tunery.types import Example, Message, Refused, Tokens
 
 KINDS = [{"divergence": "forward_kl"}, {"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 0.3}]
 
@@ -153,3 +154,59 @@ def test_on_policy_the_student_answers_and_needs_no_rewards(tmp_path):
     run_job(job)
     seen = losses(tmp_path / "run")
     assert len(seen) == 2 and abs(seen[0]) < 1e-9 and np.isfinite(seen[1])  # the teacher begins as the student does
+
+
+# ------------------------------------------------------------ log-probs kept in the rows
+
+
+class OneSequence:
+    """A template that makes of any row the same sequence, of which three tokens are trained."""
+
+    def encode_many(self, examples, train):
+        return [
+            [Tokens(np.arange(3, 9, dtype=np.int32), np.array([0, 0, 0, 1, 1, 1], dtype=np.float32))] for _ in examples
+        ]
+
+
+def row_with(teacher: Any) -> Example:
+    return Example([Message("user", "q"), Message("assistant", "a")], meta={"columns": {"teacher": teacher}})
+
+
+def test_kept_log_probs_stand_where_they_are_predicted_from():
+    objective = distill.Objective(distill.Config(top_k=2))
+    given = {"ids": [[5, 6], [7, 8], [9, 10]], "logps": [[-0.5, -1.5], [-1.0, -2.0], [-0.7, -3.0]]}
+    twice = {"ids": [[5, 5], [7, 8], [9, 10]], "logps": given["logps"]}
+    more = {"ids": given["ids"], "logps": [[-0.1, -0.1]] * 3}
+    rows = objective.rows(
+        [row_with(g) for g in (given, None, {"ids": [[1]], "logps": [[0]]}, twice, more)], OneSequence()
+    )
+    made, *refused = rows
+    assert [r.reason.split(" are ")[0] for r in refused if isinstance(r, Refused)] == [
+        "no teacher's log-probs", "teacher's log-probs do not fit", *["teacher's log-probs"] * 2,
+    ]  # fmt: skip
+    assert not isinstance(made, Refused)
+    batch = collate([made[0], *made])
+    assert batch.extra["teacher_id_1"][batch.labelled_N].tolist() == [6, 8, 10] * 2
+    policy = CausalPolicy(tiny_model().eval(), dtype=torch.float64)
+    both, one = (measured(policy, objective, batches) for batches in ([batch], [collate(made)] * 2))
+    for mine, expected in zip(both, one, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_run_on_kept_log_probs(tmp_path):
+    """The ids of the embedded tokenizer's answers are found as the objective will find them: by its own rows."""
+    tiny_job(tmp_path)
+    job = tiny_job(tmp_path, data={"eval": None}, train={"max_steps": 2})
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    store = read_data(job).data.train
+    for number, line in enumerate(lines):
+        (tokens,) = store.sequences(number)
+        trained = tokens.ids[1:][tokens.weights[1:] != 0].tolist()
+        line["teacher"] = {"ids": [[i, (i + 1) % 64] for i in trained], "logps": [[-0.1, -3.0]] * len(trained)}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_job(tiny_job(
+        tmp_path, objective={"kind": "distill", "top_k": 2}, data={"eval": None}, train={"epochs": 4},
+    ))  # fmt: skip
+    seen = losses(tmp_path / "run")
+    assert seen[-1] < seen[0]

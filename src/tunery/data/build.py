@@ -71,11 +71,12 @@ def build(inputs: Inputs) -> Built:
     """Read and tokenise everything. Raises ConfigError and DataError; see dataset.prepare."""
     report = DataReport([SourceReport(source.key, source.name) for source in inputs.train + inputs.eval])
     generates = getattr(inputs.objective, "generates", False)  # its rows are prompts; rewards read the other columns
+    keeps = generates or getattr(inputs.objective, "reads_columns", False)
     files: dict[str, int] = {}
     with paused_gc():
         train, held = Rows(), Rows()
         for number, source in enumerate(inputs.train + inputs.eval):
-            rows = read_examples(source, report.sources[number], keep_columns=generates)
+            rows = read_examples(source, report.sources[number], keep_columns=keeps)
             _take(rows, number, report, files, train if number < len(inputs.train) else held)
             inputs.beat()
         if inputs.fraction is not None:

@@ -10,12 +10,15 @@ eq. 1, with the ends that it names in section 3.1) and its gradient by z / tau a
     beta = 0   KL(t || s)                                           s - t
     beta = 1   KL(s || t)                                           s (d - sum s d),  d = log s - log t
     else       beta KL(t || m) + (1 - beta) KL(s || m)              s (d - sum s d),  d = (1 - beta) (log s - log m)
-               m = beta t + (1 - beta) s"""
+               m = beta t + (1 - beta) s
+
+Of a teacher of which only the k likeliest tokens are known (`top_k_divergence`), s and t are taken over k + 1 events:
+each of these tokens, and that it is none of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +27,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunery.kernels.linear_cross_entropy import chunk_rows
+
+LEAST = 1e-6  # of a teacher's probability, for the tokens of which it says nothing
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,49 @@ def reference(
     return _sums(student.of(student.h_NH), z_teacher, targets_N, weights_N, mixture)
 
 
+def top_k_divergence(
+    student: LazyLogits, ids_NK: Tensor, logps_NK: Tensor, targets_N: Tensor, weights_N: Tensor, mixture: Mixture
+) -> Divergences:
+    """The mixture with a teacher that gives `ids_NK` the log-probabilities `logps_NK`, at temperature 1, and the rest of
+    its probability (LEAST at least) to all other tokens together. K is less than the vocabulary. Chunks of logits are
+    made again in the backward."""
+    assert mixture.temperature == 1.0, "of the other tokens only the sum is known, which no temperature can change"
+
+    def chunk(h: Tensor, ids: Tensor, logps: Tensor, y: Tensor, weights: Tensor) -> Divergences:
+        z = student.of(h)
+        lse = z.logsumexp(-1, keepdim=True)
+        others = z.scatter(1, ids, -math.inf).logsumexp(-1, keepdim=True)
+        log_s = torch.cat([z.gather(1, ids), others], -1) - lse
+        rest = (1 - logps.to(z.dtype).exp().sum(-1, keepdim=True)).clamp_min(LEAST)
+        log_t = torch.cat([logps.to(z.dtype), rest.log()], -1).log_softmax(-1)
+        return _weighed(_divergence(log_s, log_t, mixture.beta), z, y, weights, mixture)
+
+    size = chunk_rows(2 * student.vocabulary, student.h_NH.device)
+    parts = [x.split(size) for x in (student.h_NH, ids_NK, logps_NK, targets_N, weights_N)]
+    return _added([checkpoint(chunk, *each, use_reentrant=False) for each in zip(*parts, strict=True)])
+
+
+def _added(pieces: Sequence[Any]) -> Divergences:
+    return Divergences(*(torch.stack(values).sum() for values in zip(*pieces, strict=True)))
+
+
 def _sums(z: Tensor, z_teacher: Tensor, targets_N: Tensor, weights_N: Tensor, mixture: Mixture) -> Divergences:
-    beta, shared = mixture.beta, min(z.shape[-1], z_teacher.shape[-1])
+    shared = min(z.shape[-1], z_teacher.shape[-1])
     log_s, log_t = ((x[:, :shared] / mixture.temperature).log_softmax(-1) for x in (z, z_teacher))
+    return _weighed(_divergence(log_s, log_t, mixture.beta), z, targets_N, weights_N, mixture)
+
+
+def _divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    """Of each row [n], by definition."""
     if beta == 0:
-        values_N = _kl(log_t, log_s)
-    elif beta == 1:
-        values_N = _kl(log_s, log_t)
-    else:
-        log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
-        values_N = beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+        return _kl(log_t, log_s)
+    if beta == 1:
+        return _kl(log_s, log_t)
+    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+
+
+def _weighed(values_N: Tensor, z: Tensor, targets_N: Tensor, weights_N: Tensor, mixture: Mixture) -> Divergences:
     diverging = (values_N * weights_N).sum()
     nll = torch.nn.functional.cross_entropy(z, targets_N, reduction="none").mul(weights_N).sum()
     return Divergences(diverging + mixture.sft_weight * nll, diverging.detach(), nll.detach())
@@ -121,8 +159,7 @@ def _by_autograd(
 
     size = _chunk(student, teacher)
     parts = [x.split(size) for x in (student.h_NH, teacher.h_NH, targets_N, weights_N)]
-    pieces: list[Any] = [checkpoint(chunk, *each, use_reentrant=False) for each in zip(*parts, strict=True)]
-    return Divergences(*(torch.stack(values).sum() for values in zip(*pieces, strict=True)))
+    return _added([checkpoint(chunk, *each, use_reentrant=False) for each in zip(*parts, strict=True)])
 
 
 def _chunk(student: LazyLogits, teacher: LazyLogits) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+import numpy as np
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from tunery.config import KindConfig
-from tunery.kernels.divergence import Mixture, divergence
+from tunery.kernels.divergence import Mixture, divergence, top_k_divergence
 from tunery.objectives import sft
-from tunery.objectives._generated import prompt_rows
+from tunery.objectives._generated import places, prompt_rows
 from tunery.types import Batch, Example, Loss, Policy, Refused, Sample, Tokens
 
 
@@ -33,14 +35,20 @@ class Config(KindConfig):
         default=False, description="on answers that the student gives while it learns (rollout:), not those of the data"
     )
 
-    @field_validator("teacher")
-    @classmethod
-    def _named(cls, value: str | None) -> str:
-        if not value:
-            raise ValueError("teacher is required: the folder or the name of the model to learn from")
-        return value
+    top_k: int | None = Field(
+        default=None, ge=1, description="in place of a teacher: learn from so many log-probs a token, kept in the rows"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Config:
+        if (self.teacher is None) == (self.top_k is None):
+            raise ValueError("teacher is required, the folder or the name of the model to learn from; or else top_k")
+        if self.top_k is not None and (self.on_policy or self.temperature != 1.0):
+            raise ValueError("top_k: what rows keep fits neither on_policy answers nor a temperature other than 1")
+        return self
 
 
+IDS, LOGPS = "teacher_id_", "teacher_logp_"  # of Tokens.extra, with the number of the token, from 0
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
@@ -55,18 +63,29 @@ class Objective:
     lambda = 1; no gradient is taken of the sampling); rewards are measured where there are any, and train nothing.
 
     Neither matrix of logits ever exists as a whole (kernels/divergence.py). The teacher is frozen, in the arithmetic's
-    dtype, and takes the place of its weights in memory on every rank."""
+    dtype, and takes the place of its weights in memory on every rank. With `top_k` there is none: each row has a column
+    "teacher", {"ids": [[...], ...], "logps": [[...], ...]}, for each trained token in order the k tokens likeliest in
+    its place and their log-probabilities; what is left goes to all other tokens together, as one event."""
 
     needs_rewards = False
 
     def __init__(self, config: Config):
         self.config = config
         self.teacher, self.generates = config.teacher, config.on_policy
+        self.reads_columns = config.top_k is not None
         self.mixture = Mixture(BETAS.get(config.divergence, config.beta), config.temperature, config.sft_weight)
         self._answers = sft.Objective(sft.Config(train_on=config.train_on))
 
     def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return prompt_rows(examples, template) if self.generates else self._answers.rows(examples, template)
+        if self.generates:
+            return prompt_rows(examples, template)
+        made = self._answers.rows(examples, template)
+        if self.config.top_k is None:
+            return made
+        return [
+            row if isinstance(row, Refused) else _with_logps(row, example.meta.get("columns", {}), self.config.top_k)
+            for row, example in zip(made, examples, strict=True)
+        ]
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.weights_T.sum()
@@ -77,9 +96,42 @@ class Objective:
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         rows, weight = batch.labelled_N, batch.weights_T.sum()
-        made = divergence(
-            policy.lazy_logits(batch), policy.teacher_logits(batch), batch.targets_T[rows], batch.weights_T[rows],
-            self.mixture,
-        )  # fmt: skip
+        targets_N, weights_N, student = batch.targets_T[rows], batch.weights_T[rows], policy.lazy_logits(batch)
+        if self.config.top_k is None:
+            made = divergence(student, policy.teacher_logits(batch), targets_N, weights_N, self.mixture)
+        else:
+            ids_NK, logps_NK = (
+                torch.stack([batch.extra[f"{name}{k}"][rows] for k in range(self.config.top_k)], -1)
+                for name in (IDS, LOGPS)
+            )
+            made = top_k_divergence(student, ids_NK.long(), logps_NK, targets_N, weights_N, self.mixture)
         metrics = {"loss": made.total.detach(), "divergence": made.divergence, "nll": made.nll}
         return Loss(made.total, {name: (value, weight) for name, value in metrics.items()})
+
+
+def _with_logps(row: list[Tokens], columns: Any, top_k: int) -> list[Tokens] | Refused:
+    """A row's sequence with what its column "teacher" says, beside the places that its tokens are predicted from."""
+    if len(row) != 1:
+        return Refused("several sequences", "the template makes several of this row, and its teacher spoke of one")
+    tokens, given = row[0], columns.get("teacher")
+    at = places(tokens)
+    try:
+        ids, logps = np.array(given["ids"], dtype=np.int64), np.array(given["logps"], dtype=np.float32)
+    except (TypeError, KeyError, ValueError):
+        return Refused("no teacher's log-probs", 'column "teacher" is not {"ids": [[...]], "logps": [[...]]}')
+    if ids.shape != (len(at), top_k) or logps.shape != ids.shape:
+        return Refused(
+            "teacher's log-probs do not fit",
+            f"they are {list(ids.shape)} ids and {list(logps.shape)} log-probs, expected {[len(at), top_k]}: trained "
+            "tokens x objective.top_k",
+        )
+    wrong = not np.isfinite(logps).all() or (ids < 0).any() or (np.exp(logps).sum(-1) > 1.01).any()
+    if wrong or (np.diff(np.sort(ids, -1), axis=-1) == 0).any():
+        return Refused(
+            "teacher's log-probs are not probabilities", "one is not finite, an id comes twice, or sums are > 1"
+        )
+    for k in range(top_k):
+        for name, values in ((IDS, ids), (LOGPS, logps)):
+            tokens.extra[f"{name}{k}"] = np.zeros(len(tokens), dtype=values.dtype)
+            tokens.extra[f"{name}{k}"][at] = values[:, k]
+    return row
