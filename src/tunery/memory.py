@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,6 +171,11 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> T
     return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
+def in_backward(name: Hashable) -> bool:
+    """Whether a span is of the backward."""
+    return name == "tail" or (isinstance(name, tuple) and name[0] == "backward")
+
+
 # ------------------------------------------------------------ one of each kind of layer, strung together
 
 
@@ -252,11 +257,13 @@ class Profile:
         """Different shapes of products in 16 bits. Layers of one kind have the same."""
         return len(set().union(*(span.products for span in self.spans.values())))
 
-    def work(self) -> Counter[Operation]:
-        """Every operation of the micro-batch, at full depth."""
+    def work(self, part: Callable[[Hashable], bool] = lambda _: True) -> Counter[Operation]:
+        """Every operation of the micro-batch, at full depth; or those in spans whose name is of a `part`."""
         total: Counter[Operation] = Counter()
         count = Counter(self.layers)
         for name, span in self.spans.items():
+            if not part(name):
+                continue
             times = count[name[1]] if isinstance(name, tuple) else 1
             for operation, often in span.work.items():
                 total[operation] += often * times

@@ -4,6 +4,7 @@ Weights are loaded and updated in memory; nothing is written."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from tunery.engine import Engine
 from tunery.errors import ConfigError
+from tunery.fallback import explained
 from tunery.guard import Gate
 from tunery.job import Job
 from tunery.plan.bill import Measured
@@ -23,9 +25,11 @@ from tunery.step import gradients, total_weight, update
 STEPS = 3
 
 
+@explained()
 def probe(job: Job, read: Read, micro_tokens: int, rung: str, steps: int = STEPS) -> Measured:
-    """Run the first `steps` of `job`, cut as planned. Raises ConfigError where the data come as a stream, and what a
-    run itself would raise."""
+    """Run the first `steps` of `job`, cut as planned; where memory runs out on them, as many after the fall, which are
+    those that count. Raises ConfigError where the data come as a stream, OutOfMemoryError where memory ran out and
+    there is no rung left or none would help, and what a run itself would raise."""
     if job.data.streaming:
         raise ConfigError("--probe: takes rows that are read before training; data.streaming is on")
     train = job.train.model_copy(update={"micro_tokens": micro_tokens, "checkpointing": rung, "resume": False})
@@ -36,8 +40,16 @@ def probe(job: Job, read: Read, micro_tokens: int, rung: str, steps: int = STEPS
         _forget_peak(engine)
         run.model.train()
         gate = Gate(run.optimizer, engine.device)
-        done = [_step(run, gate, step) for step in range(min(steps, run.total_steps))]
-        return Measured([streams for streams, _ in done], [seconds for _, seconds in done], _peak(engine))
+        done, asked = [], run.job.train
+        for step in itertools.count():
+            before = run.job.train
+            taken = _step(run, gate, step % run.total_steps)
+            done = [*done, taken] if run.job.train == before else []  # a step that fell has two attempts in its time
+            if len(done) == min(steps, run.total_steps):
+                break
+        train = run.job.train
+        fell_to = None if train == asked else (run.cut.budget, train.checkpointing)
+        return Measured([streams for streams, _ in done], [seconds for _, seconds in done], _peak(engine), fell_to)
     finally:
         engine.close()
 

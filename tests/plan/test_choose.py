@@ -60,16 +60,15 @@ def ladder_of(made: Planner):
     return make_plan(made).ladder
 
 
-def test_less_memory_gives_smaller_micro_batches_and_then_rungs(planner):
-    sizes, rungs = [], []
+def test_less_memory_gives_smaller_micro_batches(planner):
+    sizes = []
     for share in (1.0, 0.7, 0.4, 0.15):
         made = planner(share)
         tokens, rung = best(made, rungs_of(made.job, made.device))
         assert made.memory(tokens, rung).total <= made.device.memory
         sizes.append(tokens)
-        rungs.append(rung)
-    assert sizes[0] == 16384 and sizes[0] > sizes[1] > sizes[2] and rungs[:3] == ["none"] * 3
-    assert rungs[3] in ("selective", "full")  # rather than micro-batches smaller than 4,096 tokens
+        assert rung == "none"  # operations are launched at once here; else see test_planner.py
+    assert sizes[0] == 16384 and sizes == sorted(set(sizes), reverse=True)
 
 
 def test_the_largest_is_the_largest(planner):

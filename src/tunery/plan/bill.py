@@ -126,8 +126,11 @@ def corrected(plan: Plan, planner: Planner, measured: Measured) -> Plan:
     """The plan with its times scaled to those of real steps (the first of them, which warms up, apart), and with the
     overhead that was there; of the rung they fell to, where they did; with the ladder anew."""
     if measured.fell_to is not None:
-        said = f"memory ran out with micro-batches of {plan.micro_tokens:,} tokens, checkpointing {plan.checkpointing}"
-        plan = replace(make_plan(planner, measured.fell_to), notes=[*plan.notes, f"--probe: {said}; this is what is left"])
+        said = (
+            f"--probe: memory ran out with micro-batches of {plan.micro_tokens:,} tokens, checkpointing "
+            f"{plan.checkpointing}; this is the plan of what was left"
+        )
+        plan = replace(make_plan(planner, measured.fell_to), notes=[*plan.notes, said])
     line = planner.line(plan.checkpointing)
     expected = [planner.step_seconds(streams, plan.checkpointing) for streams in measured.streams]
     skip = 1 if len(expected) > 1 else 0

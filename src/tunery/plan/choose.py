@@ -7,16 +7,18 @@ from tunery.job import Job
 from tunery.models.load import load_config
 from tunery.models.rungs import RUNGS
 from tunery.plan.closed_form import kept_numbers
-from tunery.plan.planner import ENOUGH, SMALL, Planner, dtype_on
+from tunery.plan.planner import ENOUGH, Planner, dtype_on
 from tunery.plan.work import Rows
 
 STEP = 256  # micro-batches are a multiple of so many tokens, unless the longest example wants more
+NEARLY = 1.02  # of two times that differ by less, neither is the shorter
 
 
 def choose(job: Job, rows: Rows, device: Device, world: int = 1) -> tuple[int, str]:
-    """(train.micro_tokens, train.checkpointing) for `job` on `device`, whatever of them the job leaves open: as many
-    tokens as keep the device busy on the first rung they fit on. Where nothing fits, what comes nearest. A function of
-    its arguments alone. Raises ModelError and ConfigError for a model or an adapter that cannot be."""
+    """(train.micro_tokens, train.checkpointing) for `job` on `device`, whatever of them the job leaves open: the
+    fastest that fits, of as many tokens as keep the device busy. Where nothing fits, what comes nearest. A function of
+    its arguments alone (and of this machine's rates, which are measured once). Raises ModelError and ConfigError for a
+    model or an adapter that cannot be."""
     train = job.train
     most = train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
     rungs = rungs_of(job, device)
@@ -26,16 +28,18 @@ def choose(job: Job, rows: Rows, device: Device, world: int = 1) -> tuple[int, s
 
 
 def best(planner: Planner, rungs: tuple[str, ...]) -> tuple[int, str]:
-    """The largest micro-batch, on the first rung where it is not small."""
-    enough = min(SMALL[planner.device.kind], planner.most)
-    found: list[tuple[int, str]] = []
+    """Of the largest micro-batch on each rung, the fastest; what keeps more where two are nearly as fast. Recomputing
+    pays where a rung that keeps more leaves room for small micro-batches only."""
+    found: list[tuple[float, int, str]] = []
     for rung in rungs:
         tokens = largest(planner, rung)
-        if tokens is not None and tokens >= enough:
-            return tokens, rung
-        if tokens is not None:
-            found.append((tokens, rung))
-    return max(found, key=lambda pair: pair[0]) if found else (least(planner), rungs[-1])
+        if tokens is None:
+            continue
+        if not found or planner.seconds(tokens, rung) * NEARLY < found[-1][0]:
+            found.append((planner.seconds(tokens, rung), tokens, rung))
+        if tokens == planner.most:  # the rungs below make more again, of micro-batches that are no larger
+            break
+    return found[-1][1:] if found else (least(planner), rungs[-1])
 
 
 def largest(planner: Planner, rung: str) -> int | None:

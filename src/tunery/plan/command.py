@@ -8,10 +8,10 @@ from typing import Any
 
 from tunery.data.sources import locate
 from tunery.devices import known_device, this_device
-from tunery.errors import ConfigError, DataError, ModelError
+from tunery.errors import ConfigError, DataError, ModelError, OutOfMemoryError
 from tunery.job import Job
 from tunery.models.load import ModelConfig, load_config, resolve_name
-from tunery.plan.bill import Plan, corrected, make_plan
+from tunery.plan.bill import Plan, corrected, make_plan, out_of_memory
 from tunery.plan.planner import Planner
 from tunery.probe import probe
 from tunery.setup import Read, check_job, planned, read_data
@@ -40,7 +40,10 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
         read.rewards.close()
         plan.notes.insert(0, "answers are taken to be as long as they may be; the time to generate them comes on top")
     if probing and read is not None:
-        plan = corrected(plan, planner, probe(job, read, plan.micro_tokens, plan.checkpointing))
+        try:
+            plan = corrected(plan, planner, probe(job, read, plan.micro_tokens, plan.checkpointing))
+        except OutOfMemoryError as error:
+            plan = out_of_memory(plan, planner, str(error))
     return plan
 
 

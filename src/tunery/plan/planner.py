@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
@@ -15,15 +16,15 @@ from tunery.devices import Device
 from tunery.engine import DTYPES
 from tunery.flops import cost_of, flops_per_token
 from tunery.job import Job
-from tunery.memory import Operation, Peak, Profile, TooMany
+from tunery.memory import Operation, Peak, Profile, TooMany, in_backward
 from tunery.plan.closed_form import closed_form
 from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
 from tunery.plan.work import Rows, Work, work_of
 
 # Tokens of a micro-batch from which on a device is busy: more only cost memory.
 ENOUGH = {"cuda": 16384, "cpu": 2048}
-# A rung that recomputes is taken rather than micro-batches smaller than this.
-SMALL = {"cuda": 4096, "cpu": 512}
+# Shares of the longest stream that are run: the rest is straight in between, as nearly all of it is.
+POINTS = (1 / 16, 1 / 2, 1)
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,25 @@ class Memory:
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes that come and go, and seconds, of one micro-batch on a rung: found for two numbers of tokens, and straight
-    in between, as nearly all of both is."""
+    """Bytes that come and go, and seconds, of one micro-batch on a rung: found for a few numbers of `tokens`, and
+    straight in between. `least`: seconds that it takes to launch."""
 
-    tokens: tuple[int, int]
-    bytes: tuple[int, int]
-    time: tuple[float, float]
+    tokens: tuple[int, ...]
+    bytes: tuple[int, ...]
+    time: tuple[float, ...]
+    least: float
 
     def memory(self, tokens: int) -> int:
         return round(self._at(self.bytes, tokens))
 
     def seconds(self, tokens: int) -> float:
-        return max(0.0, self._at(self.time, tokens))
+        return max(self.least, self._at(self.time, tokens))
 
-    def _at(self, values: tuple[float, float], tokens: int) -> float:
-        low, high = self.tokens
-        return values[0] + (values[1] - values[0]) * (tokens - low) / (high - low)
+    def _at(self, values: tuple[float, ...], tokens: int) -> float:
+        last = len(self.tokens) - 1
+        i = min(max(1, bisect_left(self.tokens, tokens)), last)
+        low, high = self.tokens[i - 1 : i + 1]
+        return values[i - 1] + (values[i] - values[i - 1]) * (tokens - low) / (high - low)
 
 
 class Planner:
@@ -109,14 +113,16 @@ class Planner:
             return closed_form(self.shadow, stream, rung, device, accumulates)
 
     def _line(self, rung: str) -> Line:
-        """Between the longest stream of all and one of half its tokens."""
+        """Up to the longest stream of all."""
         work = self.work(self.most)
-        streams = [work.typical(n) for n in (max(8, work.largest.tokens // 2), max(9, work.largest.tokens))]
+        streams = [work.typical(max(8 + i, int(share * work.largest.tokens))) for i, share in enumerate(POINTS)]
         profiles = [self.profile(stream, rung, work.accumulates) for stream in streams]
+        both = list(zip(profiles, streams, strict=True))
         return Line(
-            (streams[0].tokens, streams[1].tokens),
-            (self._dynamic(profiles[0], streams[0], rung), self._dynamic(profiles[1], streams[1], rung)),
-            (self._busy(profiles[0]), self._busy(profiles[1])),
+            tuple(stream.tokens for stream in streams),
+            tuple(self._dynamic(profile, stream, rung) for profile, stream in both),
+            tuple(self._busy(profile, stream, rung) for profile, stream in both),
+            self.device.rates.launch * sum(profiles[0].work().values()),
         )
 
     @cached_property
@@ -152,10 +158,19 @@ class Planner:
     def _peaks(self, profile: Profile, stream: Stream, rung: str) -> list[Peak]:
         """Of one micro-batch. Offloaded are, as against the rung full, each layer's input but for two on their way."""
         peaks = profile.peaks()
-        if rung == "offload" and self.device.kind != "cpu":
-            away = max(0, len(self.shadow.layers) - 2) * stream.tokens * self.shadow.hidden_bytes
+        if self._offloads(rung):
+            away = max(0, self._inputs - 2) * stream.tokens * self.shadow.hidden_bytes
             peaks = [replace(peak, activations=max(0, peak.activations - away)) for peak in peaks]
         return peaks
+
+    def _offloads(self, rung: str) -> bool:
+        """A CPU has no other memory to put anything in."""
+        return rung == "offload" and self.device.kind != "cpu"
+
+    @property
+    def _inputs(self) -> int:
+        """Layers that keep their input for a backward."""
+        return len(self.shadow.layers) - self.shadow.below
 
     def _dynamic(self, profile: Profile, stream: Stream, rung: str) -> int:
         return max(peak.dynamic for peak in self._peaks(profile, stream, rung))
@@ -176,9 +191,14 @@ class Planner:
         line = self.line(rung)
         return sum(line.seconds(tokens) for tokens in streams) + self._time(self.optimizer[2])
 
-    def _busy(self, profile: Profile) -> float:
-        """Seconds of one micro-batch."""
-        return self._time(profile.work(), profile.products())
+    def _busy(self, profile: Profile, stream: Stream, rung: str) -> float:
+        """Seconds of one micro-batch. Layers' inputs go to the host beside the forward, and come back beside the
+        backward: whichever of both takes longer."""
+        if not self._offloads(rung):
+            return self._time(profile.work(), profile.products())
+        copies = self._inputs * stream.tokens * self.shadow.hidden_bytes / self.device.rates.host
+        forward = self._time(profile.work(lambda name: not in_backward(name)), profile.products())
+        return max(copies, forward) + max(copies, self._time(profile.work(in_backward)))
 
     def _time(self, operations: Counter[Operation], products: int = 0) -> float:
         """Seconds of operations, with so many different shapes of products in 16 bits."""

@@ -126,6 +126,7 @@ class Shadow:
         text = unwrap(self.model).config.get_text_config()
         names = getattr(text, "layer_types", None) or [None] * len(layers)
         below = any(p.requires_grad for p in unwrap(self.model).get_input_embeddings().parameters())
+        self.below = 0  # layers that have no backward: nothing trains in them or before
         seen: dict[Any, int] = {}
         kinds: list[int] = []
         before: Any = None
@@ -141,6 +142,7 @@ class Shadow:
                 self.kinds.append(LayerKind(number, _bytes(trained)))
             kinds.append(seen[key])
             below = below or bool(trained)
+            self.below += not below
         return kinds
 
     @cached_property
