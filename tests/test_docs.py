@@ -152,10 +152,10 @@ def test_the_columns_of_alpaca_are_all_there():
 
 
 def test_every_reason_for_refusing_a_row_is_explained():
-    """RowError, RowRefused and Refused in tunery.data and tunery.objectives, by their first argument; a part in braces
-    may be any word."""
-    known = set()
-    for path in (*(ROOT / "src/tunery/data").rglob("*.py"), *(ROOT / "src/tunery/objectives").rglob("*.py")):
+    """RowError, RowRefused and Refused in tunery.data and what objectives are made of, by their first argument; a part
+    in braces may be any word."""
+    known, src = set(), ROOT / "src/tunery"
+    for path in (*src.glob("data/**/*.py"), *src.glob("objectives/*.py"), src / "pairs.py", src / "thumbs.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
                 continue

@@ -105,6 +105,18 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, changes):
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(new["state"][key][k])) for k, v in state.items())
 
 
+def test_the_best_checkpoint_may_be_in_the_folder_that_a_run_goes_on_from(tmp_path):
+    first = tiny_job(tmp_path, train={"save_every": 2, "keep": 9})
+    run_job(first)
+    start = Path(first.output) / "checkpoint-4"
+    state = json.loads((start / "tunery_state.json").read_text())
+    state["best"] = {"step": 2, "loss": -1.0, "since": 1}
+    (start / "tunery_state.json").write_text(json.dumps(state))
+    rest = tmp_path / "rest"
+    run_job(tiny_job(tmp_path, train={"save_every": 2, "keep": 9, "resume": str(start)}, output=str(rest)))
+    assert same(rest, Path(first.output) / "checkpoint-2") and not same(rest, Path(first.output))
+
+
 def test_the_learning_rate_is_the_schedules_and_the_gradient_is_clipped(tmp_path):
     job = tiny_job(tmp_path, adapter="full", schedule={"kind": "cosine", "warmup": 2}, train={"max_grad_norm": 1e-9})
     before = load_file(tmp_path / "model" / "model.safetensors")

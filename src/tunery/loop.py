@@ -215,9 +215,10 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
     final = step
     if run.job.eval.best and best["step"] not in (None, step):
         final = best["step"]
-        run.adapter.load(run.model, run.output / f"checkpoint-{final}")
+        folder = _checkpoint(run, final)
+        run.adapter.load(run.model, folder)
         if run.policy.value_head is not None:
-            load_value_head(run.policy.value_head, run.output / f"checkpoint-{final}")
+            load_value_head(run.policy.value_head, folder)
         report.note(f"the run ends with the weights of step {final}, where the evaluation loss was lowest")
     if run.engine.is_main:
         if not isinstance(run.data.train, TokenStore):  # of a stream they are known only now
@@ -234,6 +235,14 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
     showcase.after()
     metrics = report.finish(model_step=final)
     return Result(run.output, metrics, final)
+
+
+def _checkpoint(run: Run, step: int) -> Path:
+    """The checkpoint of a step, which may be in the folder that the run was resumed from."""
+    name = f"checkpoint-{step}"
+    if run.resume is not None and not (run.output / name).is_dir():
+        return run.resume.parent / name
+    return run.output / name
 
 
 def _compare_saved(run: Run, report: Report | NullReport) -> None:

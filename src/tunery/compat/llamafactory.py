@@ -138,7 +138,7 @@ def _job(o: Options) -> dict[str, Any]:
 def _check_stage(o: Options) -> None:
     stage = o("stage")
     if stage not in STAGES:
-        o.problems.append(f"stage: unknown stage {stage!r}{nearest(stage, STAGES)}")
+        o.problems.append(f"stage: unknown stage {stage!r}{nearest(stage, list(STAGES))}")
     if o("do_train") is None:
         if o("do_eval") or o("do_predict"):
             o.problems.append("do_train: is missing; nearest to evaluation alone: tunery generate TARGET data.jsonl")

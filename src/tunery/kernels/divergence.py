@@ -99,8 +99,8 @@ def top_k_divergence(
     student: LazyLogits, ids_NK: Tensor, logps_NK: Tensor, targets_N: Tensor, weights_N: Tensor, mixture: Mixture
 ) -> Divergences:
     """The mixture with a teacher that gives `ids_NK` the log-probabilities `logps_NK`, at temperature 1, and the rest
-    of its probability (LEAST at least) to all other tokens together. K is less than the vocabulary. Chunks of logits are
-    made again in the backward."""
+    of its probability (LEAST at least) to all other tokens together. K is less than the vocabulary. Chunks of logits
+    are made again in the backward."""
     assert mixture.temperature == 1.0, "of the other tokens only the sum is known, which no temperature can change"
 
     def chunk(h: Tensor, ids: Tensor, logps: Tensor, y: Tensor, weights: Tensor) -> Divergences:
