@@ -3,8 +3,8 @@
     python -m bench.learn [JOB.yaml] [--seeds 1 2 3] [--picture learn.png] [key=value ...]
 
 By default examples/grpo.yaml: the embedded model, and a reward that only checks rules (examples/house_rules.py). It
-says the mean reward of sampled answers in the first steps and the last ten, and of the likeliest answers to held-out
-prompts before and after; beside them the likeness to the right answers, which nothing trains on, so that a reward that
+says the mean reward of sampled answers in the first rollouts and the last (a quarter, ten at most), and of the likeliest
+answers to held-out prompts before and after; beside them the likeness to the right answers, which nothing trains on, so that a reward that
 was hacked would show."""
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def summary(found: dict[str, Any]) -> str:
     first, last = held_out[min(held_out, key=int)], held_out[max(held_out, key=int)]
     others = [name for name in first if name.endswith("/mean") and abs(first[name] - first["reward"]) > 1e-9]
     beside = "".join(f"; {name.split('/')[1]} {first[name]:.2f} -> {last[name]:.2f}" for name in others)
-    sampled = f"sampled {sum(curve[:2]) / 2:.2f} -> {sum(curve[-10:]) / len(curve[-10:]):.2f}"
+    end = curve[-max(1, min(10, len(curve) // 4)) :]
+    sampled = f"sampled {sum(curve[:2]) / 2:.2f} -> {sum(end) / len(end):.2f}"
     held = f"held-out {first['reward']:.2f} -> {last['reward']:.2f}"
     return f"seed {found['seed']}: {sampled}, {held}{beside}; {found['seconds']:.0f} s\n  |{drawn(curve)}|"
 
