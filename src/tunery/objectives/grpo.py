@@ -70,9 +70,10 @@ class Objective:
 
         L = sum_i sum_t w_it * ( -min(r_it A_it, clip(r_it, 1 - low, 1 + high) A_it) + beta * r_it * k3_it )
 
-    (without the last r_it in the paper, whose gradient is not the divergence's: `kl_unbiased`; DeepSeek-V3.2,
-    arXiv:2512.02556, section 3.1). r_it is the probability of token t now over that when it was generated. With `ratio: sequence` it is that of the
-    whole answer, s_i = exp(mean_t log r_it), for each of its tokens (GSPO, Zheng et al., arXiv:2507.18071, eq. 7).
+    r_it is the probability of token t now over that when it was generated (the paper has no r_it before k3, and so not
+    the divergence's gradient: `kl_unbiased`; DeepSeek-V3.2, arXiv:2512.02556, section 3.1). With `ratio: sequence` it
+    is that of the whole answer, s_i = exp(mean_t log r_it), for each of its tokens (GSPO, Zheng et al.,
+    arXiv:2507.18071, eq. 7).
 
     `loss` says what the sum is divided by. "dapo": by all tokens of the step (DAPO, Yu et al., arXiv:2503.14476,
     eq. 8; what TRL calls bnpo is the same here, since a step is divided once); "grpo": w_it = 1 / |o_i|, by answers;

@@ -12,10 +12,14 @@ from tunery.rewards import RewardConfig, needed
 from tunery.types import Answer
 
 _NUMBER = re.compile(
-    r"(?P<sign>[-\u2212+]?)\s*\\?[$\u00a5\u20ac\u00a3]?\s*(?:\\[dt]?frac\{(?P<top>-?\d+)\}\{(?P<bottom>\d+)\}"
-    r"|(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<point>\.\d+)?(?:\s*/\s*(?P<under>\d+))?"
-    r"(?P<power>[eE][-+]?\d{1,3})?)\s*(?P<percent>\\?%)?"
+    r"(?P<sign>[-\u2212+]?)(?P<gap>\s*)(?:\\?[$\u00a5\u20ac\u00a3]\s*)?"
+    r"(?:\\[dt]?frac\{(?P<top>-?\d+)\}\{(?P<bottom>\d+)\}"
+    r"|(?=\.?\d)(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<point>\.\d+)?(?P<power>[eE][-+]?\d{1,3})?"
+    r"(?:\s*/\s*(?P<under>\d+))?)\s*(?P<percent>\\?%)?"
 )
+
+
+MOST_DIGITS = 1000
 
 
 class Config(RewardConfig):
@@ -81,20 +85,20 @@ def last_number(text: str) -> Fraction | None:
 
 
 def _value(match: re.Match[str], text: str) -> Fraction | None:
+    if len(match.group()) > MOST_DIGITS:  # a model that repeats itself; Python reads no such numbers
+        return None
     if match["top"] is not None:
         if not int(match["bottom"]):
             return None
         value = Fraction(int(match["top"]), int(match["bottom"]))
-    elif match["whole"] is None and match["point"] is None:
-        return None
     else:
         value = Fraction((match["whole"] or "0").replace(",", "") + (match["point"] or "") + (match["power"] or ""))
         if match["under"] is not None:
             if not int(match["under"]):
                 return None
             value /= int(match["under"])
-    # the sign of "12-5" is a minus between two numbers
-    before = text[: match.start()].rstrip()[-1:]
-    negative = match["sign"] in ("-", "\u2212") and not (before.isalnum() or before in (")", "}"))
+    # In "12-5" and "3 - 4" the sign is an operation's, in "and -4" and "x=-4" the number's.
+    operation = match["gap"] or text[: match.start()][-1:].isalnum() or text[: match.start()][-1:] in (")", "}")
+    negative = match["sign"] in ("-", "\u2212") and not operation
     value = -value if negative else value
     return value / 100 if match["percent"] else value

@@ -185,7 +185,7 @@ class Rollouts:
         error: TuneryError | None = None
         try:
             prompts = {row: store.sequences(row)[0].ids for row in set(numbers.values())}
-            requests = [Request(ids=prompts[row], number=number) for number, row in numbers.items()]
+            requests = [Request(ids=prompts[row].tolist(), number=number) for number, row in numbers.items()]
             with self.policy.autocast():  # frozen and trained parameters may differ in dtype
                 completions = {c.index: c for c in self.generator.generate(requests, sampling)}
             made = {
