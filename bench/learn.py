@@ -3,9 +3,9 @@
     python -m bench.learn [JOB.yaml] [--seeds 1 2 3] [--picture learn.png] [key=value ...]
 
 By default examples/grpo.yaml: the embedded model, and a reward that only checks rules (examples/house_rules.py). It
-says the mean reward of sampled answers in the first rollouts and the last (a quarter, ten at most), and of the likeliest
-answers to held-out prompts before and after; beside them the likeness to the right answers, which nothing trains on, so that a reward that
-was hacked would show."""
+says the mean reward of sampled answers in the first rollouts and the last (a quarter, ten at most), and of the
+likeliest answers to held-out prompts before and after; beside them the likeness to the right answers, which nothing
+trains on, so that a reward that was hacked would show."""
 
 from __future__ import annotations
 
