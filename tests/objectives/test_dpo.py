@@ -200,7 +200,7 @@ def test_bcos_shift_is_the_mean_of_all_rewards_seen():
     ratios = batch.per_sequence(policy.logps_T - policy.reference_T) * 0.3
     for count in (1, 2):  # the same step twice has the same mean
         seen = objective.observe(policy, batch)
-        objective.take_in({name: (float(value), weight) for name, (value, weight) in seen.items()})
+        objective.take_in({name: (value.item(), weight) for name, (value, weight) in seen.items()})
         assert objective.rewards_seen[1] == 6 * count
         shift = ratios.mean()
         expected = torch.nn.functional.softplus(-(ratios[0::2] - shift)) + torch.nn.functional.softplus(
