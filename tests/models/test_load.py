@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -46,3 +49,45 @@ def test_the_tokenizer_must_be_able_to_end(tmp_path):
     tokenizer.save_pretrained(str(folder))
     with pytest.raises(ModelError, match="end-of-sequence"):
         load_tokenizer(ModelConfig(name=str(folder)))
+
+
+GOOD: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"hidden_size": 66, "num_attention_heads": 5}, r"hidden size \(66\) is not a multiple"),
+        ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
+        ({"num_hidden_layers": None}, "'num_hidden_layers' expected int"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"hidden_size": -64}, "hidden_size is -64"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 and num_key_value_heads 3"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError|num_attention_heads is 0"),
+        ({"layer_types": ["full_attention"]}, r"num_hidden_layers.* \(2\) must be equal"),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_act": "sillu"}, "can make no llama model .*KeyError: 'sillu'"),
+        ({"pad_token_id": 9999}, "can make no llama model .*Padding_idx"),
+    ],
+    ids=str,
+)
+def test_a_config_that_contradicts_itself_is_one_clear_error(tmp_path, wrong, said):
+    values = {key: value for key, value in {**GOOD, **wrong}.items() if key != "model_type" or value}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=said) as error:
+        load_model(ModelConfig(name=str(tmp_path), random_init=True), torch.float32, "meta")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(GOOD))
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(ModelConfig(name=str(tmp_path), random_init=True), torch.float32)

@@ -11,7 +11,9 @@ from plan_jobs import job_of
 from test_cli import tunery
 from tiny_runs import tiny_job
 from tunery.api import train
+from tunery.devices import known_device
 from tunery.errors import ConfigError, ModelError
+from tunery.plan import command
 from tunery.plan.command import plan_job
 from tunery.probe import probe
 from tunery.run_folder import write_config
@@ -88,3 +90,25 @@ def test_wrong_input_is_one_clear_error(folder):
         plan_job(tiny_job(folder, data={"train": str(folder / "none.jsonl")}), probing=True)
     done = tunery("plan", folder / "tunery.yaml", "adapter=lora", "adapter.targets=[q_porj]", "--device", "t4")
     assert done.returncode and "q_porj" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ranks_are_counted_and_what_is_assumed_of_them_is_said(folder, monkeypatch):
+    job = tiny_job(folder, model={"dtype": "float32"}, train={"micro_tokens": 256})
+    monkeypatch.setattr(command, "known_device", lambda name: here if name == "cpu" else known_device(name))
+    here = known_device("cpu")
+    alone = plan_job(job, "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = plan_job(job, "cpu")
+    assert (shared.ranks, shared.device_memory) == (2, alone.device_memory // 2)
+    assert "2 processes on this machine, each with 1/2 of its memory" in shared.notes[0]
+    assert "2 devices of this kind" in plan_job(job, "4090").notes[0]
+    assert not any("WORLD_SIZE" in note for note in alone.notes)
+    with pytest.raises(ConfigError, match="--probe: runs in one process"):
+        plan_job(job, probing=True)
+
+
+@pytest.mark.parametrize("said", ["two", "0", "-1", "1.5"])
+def test_a_number_of_ranks_is_a_number(folder, monkeypatch, said):
+    monkeypatch.setenv("WORLD_SIZE", said)
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE: '{said}' is no number of processes"):
+        plan_job(tiny_job(folder), "cpu")

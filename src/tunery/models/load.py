@@ -60,25 +60,80 @@ def resolve_name(name: str) -> str:
     return name
 
 
+# What a library's code may raise over a folder that contradicts itself, besides what is meant for people.
+_WRONG = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+
+
+def _said(error: Exception) -> str:
+    """What an error says, on one line. Raises it where memory ran out: that is no fault of a folder's."""
+    if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+        raise error
+    text = " ".join(str(error).split())
+    known = isinstance(error, OSError | ValueError | ImportError) or not type(error).__module__.startswith("builtins")
+    return text if known else f"{type(error).__name__}: {text}"
+
+
 def pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
     """`cls.from_pretrained`, with ModelError for what can be wrong with the folder or the name."""
+    from huggingface_hub.errors import StrictDataclassError
+
     folder = resolve_name(model.name)
     try:
         return cls.from_pretrained(
             folder, revision=model.revision or "main", trust_remote_code=model.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        where = f"model {model.name!r}"
+    except (*_WRONG, StrictDataclassError) as error:
+        said, where = _said(error), f"model {model.name!r}"
         if not Path(folder).is_dir():
             where += " (not a local folder, so looked up on the hub)"
-        raise ModelError(f"{where}: {cls.__name__} cannot load it: {error}") from error
+        if isinstance(error, StrictDataclassError):
+            raise ModelError(f"{where}: its config.json contradicts itself: {said}") from error
+        raise ModelError(f"{where}: {cls.__name__} cannot load it: {said}") from error
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:
-    """The model's configuration, without weights."""
+    """The model's configuration, without weights. Raises ModelError where there is none, or it contradicts itself."""
     from transformers import AutoConfig
 
-    return pretrained(AutoConfig, model)
+    config = pretrained(AutoConfig, model)
+    _check_sizes(model, config.get_text_config())
+    return config
+
+
+def _check_sizes(model: ModelConfig, text: Any) -> None:
+    """What a library takes from config.json unlooked at, and fails on later and elsewhere."""
+
+    def size(key: str) -> Any:
+        try:
+            return getattr(text, key, None)
+        except RuntimeError:  # a family whose layers differ in it
+            return None
+
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        value = size(key)
+        if isinstance(value, int) and value < 1:
+            raise ModelError(f"model {model.name!r}: {key} is {value} in its config.json; it has to be 1 at least")
+    heads, shared = size("num_attention_heads"), size("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ModelError(
+            f"model {model.name!r}: its config.json has num_attention_heads {heads} and num_key_value_heads {shared}, "
+            "which does not divide it"
+        )
+
+
+def from_config(cls: Any, model: ModelConfig, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model with random weights (on the meta device: with none), by one of transformers' auto classes. Raises
+    ModelError where its code can make no model of these sizes."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return cls.from_config(config, trust_remote_code=model.trust_remote_code, **options)
+    except (*_WRONG, StrictDataclassError) as error:
+        said = f"{cls.__name__} can make no {config.model_type} model of its config.json: {_said(error)}"
+        raise ModelError(f"model {model.name!r}: {said}") from error
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -106,9 +161,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
     if model.random_init:
         with torch.device(device):
-            loaded = AutoModelForCausalLM.from_config(
-                load_config(model), trust_remote_code=model.trust_remote_code, **options
-            )
+            loaded = from_config(AutoModelForCausalLM, model, load_config(model), **options)
     else:
         loaded = pretrained(AutoModelForCausalLM, model, **options)
     return loaded.to(device)  # not to(dtype): it would round the rotary frequencies, which are float32 in any model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunery.errors import ModelError
-from tunery.models.load import ModelConfig, load_config, load_model, pretrained
+from tunery.models.load import ModelConfig, from_config, load_config, load_model, pretrained
 from tunery.models.parts import score_head
 from tunery.types import Message
 
@@ -74,7 +74,7 @@ def scorer_from_config(model: ModelConfig, config: Any, **options: Any) -> PreTr
 
     _check_family(model, config)
     config.num_labels = 1
-    return AutoModelForSequenceClassification.from_config(config, trust_remote_code=model.trust_remote_code, **options)
+    return from_config(AutoModelForSequenceClassification, model, config, **options)
 
 
 def _load(

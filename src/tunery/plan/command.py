@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,22 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
     load_config(job.model)
     if job.data.streaming:  # rows that are read are checked with the job
         check_job(job)
+    world = _world()
     if probing and device is not None:
         raise ConfigError("--probe: runs on this machine; leave out --device")
+    if probing and world > 1:
+        raise ConfigError(f"--probe: runs in one process; WORLD_SIZE is {world}, unset it")
     found = known_device(device) if device is not None else this_device()
     read, note = read_rows(job, console)
     if probing and read is None:
         raise ConfigError(f"--probe: needs the rows ({note})")
     asked, rows = planned(job, read)
-    planner = Planner(asked, rows, found, int(os.environ.get("WORLD_SIZE", "1")))
+    if found.kind == "cpu":
+        found = replace(found, memory=found.memory // world)
+    planner = Planner(asked, rows, found, world)
     plan = make_plan(planner)
+    if world > 1:
+        plan.notes.insert(0, _ranks(world, found.kind))
     if note:
         plan.notes.insert(0, note)
     if read is not None and read.rewards is not None:
@@ -45,6 +53,22 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
         except OutOfMemoryError as error:
             plan = out_of_memory(plan, planner, str(error))
     return plan
+
+
+def _world() -> int:
+    """Ranks, as torchrun counts them."""
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal() or int(said) < 1:
+        raise ConfigError(f"WORLD_SIZE: {said!r} is no number of processes; unset it for one, or set it to 2, say")
+    return int(said)
+
+
+def _ranks(world: int, kind: str) -> str:
+    """What is assumed of them."""
+    if kind == "cpu":
+        share = f"on this machine, each with 1/{world} of its memory and as fast as one alone"
+        return f"WORLD_SIZE={world}: {world} processes {share}; set OMP_NUM_THREADS to the threads each will have"
+    return f"WORLD_SIZE={world}: {world} devices of this kind, one a rank; the exchange of gradients takes no time here"
 
 
 def read_rows(job: Job, console: Any = None) -> tuple[Read | None, str | None]:

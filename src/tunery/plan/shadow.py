@@ -24,7 +24,7 @@ from tunery.job import Job, head_of
 from tunery.kernels import linear_cross_entropy
 from tunery.memory import Ledger, Operation, Profile
 from tunery.models.fuse import fuse
-from tunery.models.load import hook_attention, load_config
+from tunery.models.load import from_config, hook_attention, load_config
 from tunery.models.parts import layer_list, unwrap
 from tunery.models.recompute import recompute
 from tunery.models.score import scorer_from_config
@@ -254,9 +254,7 @@ def _base(job: Job, dtype: torch.dtype) -> Any:
     if head_of(job) is not None:
         model = scorer_from_config(job.model, config, dtype=dtype, **options)
     else:
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=job.model.trust_remote_code, **options
-        )
+        model = from_config(AutoModelForCausalLM, job.model, config, dtype=dtype, **options)
     if implementation == "auto":
         hook_attention(model, reference=job.kernels.attention == "reference")
     return model

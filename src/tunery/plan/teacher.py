@@ -10,7 +10,7 @@ import torch
 
 from tunery.job import Job
 from tunery.kernels.divergence import LazyLogits
-from tunery.models.load import load_config
+from tunery.models.load import from_config, load_config
 from tunery.policy import CausalPolicy
 from tunery.teacher import teacher_of
 from tunery.types import Batch
@@ -26,7 +26,7 @@ def teacher_bytes(job: Job, dtype: torch.dtype) -> int:
     config = copy.deepcopy(load_config(teacher))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=teacher.trust_remote_code)
+        model = from_config(AutoModelForCausalLM, teacher, config, dtype=dtype)
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
