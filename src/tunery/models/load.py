@@ -124,7 +124,7 @@ def _check_sizes(model: ModelConfig, text: Any) -> None:
         )
 
 
-def from_config(cls: Any, model: ModelConfig, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+def from_config(cls: Any, model: ModelConfig, config: PretrainedConfig, **options: Any) -> Any:
     """A model with random weights (on the meta device: with none), by one of transformers' auto classes. Raises
     ModelError where its code can make no model of these sizes."""
     from huggingface_hub.errors import StrictDataclassError
