@@ -104,7 +104,7 @@ def prepare(job: Job, assets: Path, folder: Path) -> Prepared:
     from tunery.flops import flops_per_token
 
     folder.mkdir(parents=True)
-    _save_model(job, assets, folder)
+    save_model(job, assets, folder)
     rows = json.loads((assets / "datasets/llamafactory/alpaca_en_demo.json").read_text(encoding="utf-8"))
     conversations = [_conversation(row) for row in rows]
     if job.long:
@@ -191,7 +191,7 @@ def _config(job: Job) -> Any:
     )  # fmt: skip
 
 
-def _save_model(job: Job, assets: Path, folder: Path) -> None:
+def save_model(job: Job, assets: Path, folder: Path) -> None:
     """Random weights in bfloat16, as published ones come, the tokenizer beside them, and LoRA's first weights."""
     import torch
     from peft import LoraConfig, get_peft_model

@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ def finish(out: Path, steps: list[dict[str, float]], settings: dict[str, Any]) -
 
 class StepClock(TrainerCallback):
     """Wall time, loss and real tokens of each optimizer step of a transformers.Trainer, from the end of one step to the
-    end of the next: data, forward, backward, update and logging. Needs `logging_steps=1`."""
+    end of the next: data, forward, backward, update and logging. Needs `logging_steps=1`. `count`: tokens of a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: Callable[[Any], int] | None = None) -> None:
+        self.count = count or real_tokens
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.tokens: list[int] = []
@@ -61,7 +63,7 @@ class StepClock(TrainerCallback):
         collate = loader.collate_fn
 
         def counted(rows: list[Any]) -> Any:
-            self.tokens.append(sum(map(real_tokens, rows)))
+            self.tokens.append(sum(map(self.count, rows)))
             return collate(rows)
 
         loader.collate_fn = counted

@@ -33,6 +33,7 @@ def values(spec: dict[str, Any], output: str) -> dict[str, Any]:
             "log_every": 1, "save_every": 10**6, "keep": 1, "resume": False,
         },
         "output": output,
+        **spec.get("sections", {}),
     }  # fmt: skip
 
 

@@ -1,0 +1,194 @@
+"""The same preference training (DPO with LoRA) in Tunery and in TRL: pairs and tokens per second, peak memory, loss.
+
+    python -m bench.dpo [--rounds 3] [--steps 8] [--rivals trl-bf16 ...] [--python PYTHON] [--assets FOLDER]
+
+The first pairs of LLaMA-Factory's dpo_en_demo that fit the cut-off; the model of bench.sft's job A. Each contestant
+trains in a process of its own, in turns. docs/benchmarks.md says what is measured. Writes bench/results/dpo.json and
+the section `dpo` of bench/RESULTS.md; a trial (--tiny) is printed only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.contestants import PLAIN, Contestant, tunery
+from bench.jobs import JOBS, Job, Prepared, data_section, tiny
+from bench.sft import QUIET, ROOT, race
+
+WARMUP = 2
+BETA, LR = 0.1, 5e-5
+ROWS = "datasets/llamafactory/dpo_en_demo.json"
+
+
+@dataclass
+class Pairs(Prepared):
+    """`lengths`: tokens of each pair, both sequences; `shared`: with what both begin with counted once."""
+
+    shared: list[int] = field(default_factory=list)
+
+    def spec(self) -> dict[str, Any]:
+        spec = super().spec()
+        spec["job"] |= {"lr": LR, "beta": BETA}
+        return spec | {"sections": {"objective": {"kind": "dpo", "beta": BETA}}}
+
+
+def contestants() -> list[Contestant]:
+    """Tunery with and without sharing prompts, TRL as it comes and at its best on a CPU. (TRL 1.16's padding_free is
+    switched off by TRL itself.)"""
+    bf16 = {**PLAIN, "bf16": True}
+    ahead = {"precompute_ref_log_probs": True}
+    grouped = {"train_sampling_strategy": "group_by_length"}
+
+    def trl(name: str, about: str, precision: str, dtype: str, arguments: dict[str, Any]) -> Contestant:
+        settings = {"dtype": dtype, "arguments": arguments}
+        return Contestant(f"trl-{name}", "trl_dpo", about, precision, settings, arguments.keys().isdisjoint(grouped))
+
+    return [
+        tunery("bf16"),
+        tunery("bf16", "tunery-bf16-unshared", ["train.share_prompts=false"], "bf16, each prompt twice"),
+        tunery("fp32"),
+        trl("default-cpu", "as it comes, with use_cpu: bf16 autocast, checkpointing on", "bf16", "float32",
+            {"use_cpu": True}),
+        trl("fp32", "fp32, checkpointing off", "fp32", "float32", {**PLAIN, "bf16": False}),
+        trl("bf16", "bf16, checkpointing off", "bf16", "bfloat16", bf16),
+        trl("bf16-ahead", "the same, the reference precomputed", "bf16", "bfloat16", {**bf16, **ahead}),
+    ]  # fmt: skip
+
+
+def prepare(job: Job, assets: Path, folder: Path) -> Pairs:
+    """The model, and the first `job.rows` pairs that Tunery uses: as rows, and as the tokens that it renders."""
+    from bench.jobs import ROWS as ROWS_FILE
+    from bench.jobs import TOKENS, save_model
+    from tunery.data.store import TokenStore
+    from tunery.job import load_job
+    from tunery.setup import read_data
+
+    folder.mkdir(parents=True)
+    save_model(job, assets, folder)
+    rows = json.loads((assets / ROWS).read_text(encoding="utf-8"))
+    path = folder / ROWS_FILE
+
+    def read(chosen: Sequence[Any]) -> TokenStore:
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        values = {"model": str(folder / "model"), "data": data_section(str(path), job.max_length), "objective": "dpo"}
+        store = read_data(load_job(values)).data.train
+        assert isinstance(store, TokenStore)
+        return store
+
+    store = read(rows)
+    usable = [rows[store.origin(number)[1] - 1] for number in range(min(job.rows, len(store)))]
+    store = read(usable)
+    pairs = [[tokens.ids.tolist() for tokens in store.sequences(number)] for number in range(len(store))]
+    with (folder / TOKENS).open("w", encoding="utf-8") as file:
+        for number, (chosen, rejected) in enumerate(pairs):
+            start = min(int((tokens.weights > 0).argmax()) for tokens in store.sequences(number))
+            row = {"prompt_ids": chosen[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
+            file.write(json.dumps(row) + "\n")
+    return Pairs(
+        job, folder, [int(n) for n in store.lengths], [], 0.0, shared=[int(n) for n in store.lengths_when_shared]
+    )
+
+
+def pairs_per_second(run: dict[str, Any], batch_size: int) -> float:
+    """Of the steps after the warm-up."""
+    timed = run["steps"][WARMUP:] or run["steps"]
+    return batch_size * len(timed) / sum(step["seconds"] for step in timed)
+
+
+def summarise(prepared: Pairs, field_: Sequence[Contestant], runs: dict[str, Any]) -> dict[str, Any]:
+    """Figures of each contestant; `ratio`: Tunery's (the first one's) pairs per second over its, the rounds' median."""
+    size, lines = prepared.job.batch_size, []
+    ours = runs[field_[0].name]
+    mean = sum(prepared.lengths) / len(prepared.lengths)
+    for one in field_:
+        line: dict[str, Any] = {"name": one.name, "about": one.about, "precision": one.precision}
+        good = [run for run in runs[one.name] if "error" not in run]
+        if not good:
+            lines.append(line | {"error": runs[one.name][0]["error"]})
+            continue
+        speeds = [pairs_per_second(run, size) for run in good]
+        first = [pairs_per_second(run, size) for run in ours if "error" not in run]
+        losses = [step["loss"] for step in good[0]["steps"]]
+        lines.append(line | {
+            "pairs_per_second": median(speeds), "tokens_per_second": median(speeds) * mean, "rounds": speeds,
+            "ratio": median([a / b for a, b in zip(first, speeds, strict=False)]) if first else None,
+            "peak_bytes": median(run["peak_bytes"] for run in good), "losses": losses,
+            "settings": good[0]["settings"], "load": max(run["load"] for run in good),
+        })  # fmt: skip
+    facts = {
+        "pairs": len(prepared.lengths), "batch_size": size, "max_length": prepared.job.max_length,
+        "tokens": sum(prepared.lengths), "tokens_when_shared": sum(prepared.shared),
+    }  # fmt: skip
+    return {"job": facts, "rounds": len(ours), "contestants": lines}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    job = result["job"]
+    saved = 1 - job["tokens_when_shared"] / job["tokens"]
+    timed = job["pairs"] - WARMUP * job["batch_size"]
+    lines = [
+        f"{job['pairs']} pairs of dpo_en_demo ({timed} of them timed), {job['tokens']:,} tokens in both sequences, "
+        f"cut-off {job['max_length']:,}, {job['batch_size']} pairs a step; {result['rounds']} "
+        f"round{'s' * (result['rounds'] > 1)}. A prompt run once for both answers saves {saved:.0%} of the tokens.",
+        "",
+        "| contestant | settings | pairs/s | tokens/s | Tunery is | peak memory | loss, first to last | load before |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for one in result["contestants"]:
+        if "error" in one:
+            why = one["error"].replace("|", "/")
+            lines.append(f"| {one['name']} | {one['about']} | did not run: {why} | | | | | |")
+            continue
+        ratio = f"{one['ratio']:.2f} x" if one["ratio"] else ""
+        lines.append(
+            f"| {one['name']} | {one['about']} | {one['pairs_per_second']:.2f} | {one['tokens_per_second']:,.0f} | "
+            f"{ratio} | {one['peak_bytes'] / 2**30:.2f} GiB | {one['losses'][0]:.4f} to {one['losses'][-1]:.4f} | "
+            f"{one['load']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rivals", nargs="*", default=[""], help="beginnings of contestants' names")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="of 4 pairs each")
+    parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead (a trial)")
+    parser.add_argument("--python", default=sys.executable, help="the Python that the contestants are run with")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds until a run is given up")
+    parser.add_argument("--assets", default=os.environ.get("TUNERY_ASSETS") or ROOT.parent / "shared" / "assets")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    os.environ.update(QUIET)
+    from bench.results_page import described, save_result, write_section
+
+    job = tiny(JOBS["A"]) if options.tiny else JOBS["A"]
+    job = Job(job.name, job.title, job.shape, rows=options.steps * job.batch_size, batch_size=job.batch_size)
+    field_ = [
+        one
+        for one in contestants()
+        if one.name == "tunery-bf16" or any(one.name.startswith(word) for word in options.rivals)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(job, Path(options.assets), Path(folder) / "job")
+        result = summarise(prepared, field_, race(prepared, field_, options))
+    print(table(result))
+    if not options.tiny:
+        saved = json.loads(save_result("dpo", result).read_text(encoding="utf-8"))
+        write_section("dpo", f"## Preferences beside TRL\n\n{table(saved)}\n\n{described(saved)}")
+
+
+if __name__ == "__main__":
+    main()
