@@ -137,6 +137,29 @@ def test_smaller_streams_and_the_same_steps(tmp_path, plain, monkeypatch, stream
     assert "memory ran out in step 1" in report_of(job.output) and "same result" in report_of(job.output)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"adapter": {"kind": "lora", "rank": 4, "dropout": 0.2}}, {"train": {"neftune": 5.0, "micro_tokens": 100_000}}],
+    ids=["dropout", "noise"],
+)
+def test_streams_cut_anew_draw_anew_and_that_is_said(tmp_path, monkeypatch, changes):
+    job = tiny_job(tmp_path, **{"train": {"micro_tokens": 100_000, "max_steps": 1}, **changes})
+    limit(monkeypatch, lambda policy, batch: batch.n_tokens > 100)
+    run_job(job)
+    assert "drawn anew" in report_of(job.output) and "same result" not in report_of(job.output)
+
+
+def test_recomputing_draws_what_was_drawn_and_that_is_said(tmp_path, monkeypatch):
+    changes = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.2}, "train": {"packing": False, "max_steps": 2}}
+    plain = tiny_job(tmp_path, **changes, output=str(tmp_path / "plain"))
+    run_job(plain)
+    limit(monkeypatch, lambda policy, batch: rung_of(policy) != "full")
+    job = plain.model_copy(update={"output": str(tmp_path / "run")})
+    run_job(job)
+    close(job, plain)
+    assert "(same result)" in report_of(job.output) and "drawn anew" not in report_of(job.output)
+
+
 def test_activations_made_again_when_streams_cannot_be_smaller(tmp_path, plain, monkeypatch):
     seen = limit(monkeypatch, lambda policy, batch: batch.n_tokens > 20 and rung_of(policy) != "full")
     job = plain.model_copy(update={"output": str(tmp_path / "run")})
@@ -278,16 +301,14 @@ def test_a_rehearsal_has_the_moments_in_place_and_leaves_no_gradients(tmp_path, 
 
 LIMITED = '''
 import math, os, torch
-from tunery.config import KindConfig
 from tunery.objectives import sft
 from tunery.types import Loss
 
 
-class Config(KindConfig):
+class Config(sft.Config):
     kind: str = "outside.limited"
     tokens: int = 0
     broken: bool = False
-    train_on: str = "answers"
 
 
 class Objective(sft.Objective):

@@ -6,16 +6,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from tiny_runs import final_weights, losses, same, tiny_job
 from tunery.errors import ConfigError, DataError, ModelError, NonFiniteError
-from tunery.loop import run_job
+from tunery.loop import Interrupted, run_job
 from tunery.models.load import resolve_name
+from tunery.objectives import sft
 from tunery.schedule import factor
 
 
@@ -292,3 +296,55 @@ def test_streaming_needs_steps_and_trains(tmp_path):
     run_job(listed)
     assert losses(in_order.output) == losses(listed.output)
     assert "no assistant turn" in (Path(job.output) / "data_refused.jsonl").read_text()
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+def interrupt(monkeypatch, *at: int) -> None:
+    """Ctrl-C in the middle of these training forwards, counted from 1."""
+    plain, calls = sft.Objective.loss, []
+
+    def loss(self, policy, batch):
+        if torch.is_grad_enabled():
+            calls.append(batch)
+            for _ in range(at.count(len(calls))):
+                signal.raise_signal(signal.SIGINT)
+        return plain(self, policy, batch)
+
+    monkeypatch.setattr(sft.Objective, "loss", loss)
+
+
+def said_by(job) -> tuple[str, str]:
+    """(what was printed, what the error says) of a run that is interrupted."""
+    printed = StringIO()
+    with pytest.raises(Interrupted) as error:
+        run_job(job, Console(file=printed, width=200))
+    return printed.getvalue(), str(error.value)
+
+
+def test_the_first_ctrl_c_is_answered_at_once_and_saves(tmp_path, monkeypatch):
+    job = tiny_job(tmp_path, train={"save_every": 100}, data={"eval": None})
+    interrupt(monkeypatch, 3)
+    printed, said = said_by(job)
+    assert "stopping when a step is whole, with a checkpoint; Ctrl-C again" in printed
+    assert said.startswith("interrupted after step 3/6; saved") and (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("save_every", [2, 100])
+def test_the_second_stops_there_and_says_what_is_left(tmp_path, monkeypatch, save_every):
+    changes = {"train": {"save_every": save_every, "keep": 9}, "data": {"eval": None}}
+    job = tiny_job(tmp_path, **changes)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patched:
+        interrupt(patched, 4, 4)
+        _, said = said_by(job)
+    assert said.startswith("interrupted twice: stopped at once")
+    assert said.endswith(
+        "go on from " + str(tmp_path / "run" / "checkpoint-2") if save_every == 2 else "no checkpoint yet"
+    )
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    whole = tiny_job(tmp_path, **changes, output=str(tmp_path / "whole"))
+    run_job(whole)
+    run_job(job)  # the same command goes on, or begins anew
+    assert losses(job.output) == losses(whole.output) and same(Path(job.output), Path(whole.output))

@@ -1,7 +1,8 @@
 """When memory runs out: a run goes on with less, one rung after the other, and takes the same step again.
 
 First smaller streams, down to the longest example, which no cut takes apart; then activations made again in the
-backward (models/recompute.py). Both cost time and neither changes the result. All ranks take each rung together."""
+backward (models/recompute.py). Both cost time and neither changes the result, but that dropout and NEFTune's noise are
+drawn anew for streams that are cut anew. All ranks take each rung together."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 
 from tunery.errors import ModelError, OutOfMemoryError
 from tunery.guard import Gate
+from tunery.models.parts import draws
 from tunery.models.recompute import recompute
 from tunery.models.rungs import RUNGS
 from tunery.types import Batch
@@ -104,7 +106,9 @@ def fall(run: Run, report: Report | NullReport, stream: int, longest: int, when:
     run.job = run.job.model_copy(update={"train": train.model_copy(update=asdict(lower))})
     run.cut = run.loader.how = replace(run.cut, budget=lower.micro_tokens)
     run.state["fallen_to"] = asdict(lower)
-    report.note(f"memory ran out {when}, on a stream of {stream:,} tokens; going on with {lower} (same result)")
+    redrawn = lower.micro_tokens != rung.micro_tokens and (train.neftune is not None or draws(run.model))
+    same = "as good a result; dropout and noise are drawn anew for these" if redrawn else "same result"
+    report.note(f"memory ran out {when}, on a stream of {stream:,} tokens; going on with {lower} ({same})")
 
 
 def _at_the_end(run: Run, rung: Rung, stream: int, when: str) -> OutOfMemoryError:

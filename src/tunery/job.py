@@ -45,9 +45,12 @@ class TrainConfig(Config):
     max_steps: int | None = Field(default=None, gt=0, description="stop after this many optimizer steps instead")
     batch_size: int = Field(default=16, ge=1, description="examples per optimizer step, over all ranks")
     micro_tokens: int | None = Field(
-        default=None, ge=8, description="tokens per forward; changes memory and speed, never the result"
+        default=None,
+        ge=8,
+        description="tokens per forward; changes memory and speed, not the result (but dropout and noise, which are "
+        "drawn for each)",
     )
-    packing: bool = Field(default=True, description="several sequences in one stream; off gives one each, same result")
+    packing: bool = Field(default=True, description="several sequences in one stream; off: one each")
     share_prompts: bool = Field(
         default=True,
         description="compute what an example's sequences begin with alike (the prompt of two answers) once; changes "

@@ -8,15 +8,15 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tunery import checkpoint
 from tunery.checkpoint import check_room, save_interval
-from tunery.data.loader import evaluation_steps
+from tunery.data.loader import Cut, evaluation_steps
 from tunery.data.prefetch import Prefetcher
 from tunery.data.store import TokenStore
 from tunery.engine import Engine
@@ -63,7 +63,7 @@ from tunery.step import Taken, gradients, settle, total_weight, update
 
 
 class Interrupted(TuneryError):
-    """Ctrl-C: a checkpoint was saved."""
+    """Ctrl-C: a checkpoint was saved, or a second one did not wait for that."""
 
     exit_code = 130
 
@@ -131,7 +131,7 @@ def train(run: Run, report: Report | NullReport) -> Result:
     model.train()
     if isinstance(run.loader, Rollouts):
         run.loader.log.say = report.say
-    with _interruptible() as interrupt, Prefetcher(run.loader, total, engine.device) as ahead:
+    with _interruptible(run, report) as interrupt, Prefetcher(run.loader, total, engine.device) as ahead:
         step, under_way = run.start, deque[Taken]()
         while step < total:
             for group, peak in zip(run.optimizer.param_groups, run.peak_lrs, strict=True):
@@ -140,6 +140,7 @@ def train(run: Run, report: Report | NullReport) -> Result:
             work = ahead.step(step).recut(run.cut)
             weight, stop = total_weight(run, work, bool(interrupt))
             loss, metrics = gradients(run, report, step, work, weight)
+            stop = stop or (engine.world == 1 and bool(interrupt))  # several ranks agree at their next step
             if isinstance(run.loader, Rollouts):
                 metrics |= run.loader.take_figures()
             under_way.append(update(run, gate, step, work, weight, loss, metrics))
@@ -180,8 +181,14 @@ def _evaluate(run: Run, report: Report | NullReport, step: int) -> float:
         rewards = {name: value / weight for name, (value, weight) in figures.items() if weight}
         report.evaluation(step, -rewards.get("reward", 0.0), rewards)
         return -rewards.get("reward", 0.0)
-    steps = evaluation_steps(run.data.eval, run.cut)
-    metrics = evaluate(run.objective, run.policy, run.model, steps, run.engine)
+
+    def fall(how: Cut) -> None:
+        run.eval_tokens = how.budget
+        report.note(f"memory ran out in an evaluation; they go on with streams of {how.budget:,} tokens (same result)")
+
+    cut = replace(run.cut, budget=min(run.cut.budget, run.eval_tokens or run.cut.budget))
+    steps = evaluation_steps(run.data.eval, cut)
+    metrics = evaluate(run.objective, run.policy, run.model, steps, run.engine, fall)
     loss = metrics.pop("loss")
     report.evaluation(step, loss, metrics)
     return loss
@@ -262,14 +269,17 @@ def _compare_saved(run: Run, report: Report | NullReport) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C (and a polite kill) fill the list instead of stopping in the middle of a step; a second one stops."""
+def _interruptible(run: Run, report: Report | NullReport) -> Iterator[list[int]]:
+    """Ctrl-C (and a polite kill) fill the list instead of stopping in the middle of a step; a second one stops there:
+    raises Interrupted, without a checkpoint. Both are answered at once."""
     received: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        with suppress(RuntimeError):  # it was in the middle of printing
+            report.say("stopping when a step is whole, with a checkpoint; Ctrl-C again stops at once, without one")
 
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -277,9 +287,19 @@ def _interruptible() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
+    except KeyboardInterrupt:
+        raise Interrupted(_without_a_checkpoint(run)) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _without_a_checkpoint(run: Run) -> str:
+    """Whole checkpoints are renamed into place, so whatever is there can be gone on from."""
+    saved = checkpoint.list_checkpoints(run.output)
+    newest = saved[-1][1] if saved else run.resume
+    said = "interrupted twice: stopped at once, and this step is lost. Run the same command again to "
+    return said + (f"go on from {newest}" if newest else "begin anew: there is no checkpoint yet")
 
 
 def _make_report(run: Run, console: Any) -> Report | NullReport:

@@ -71,6 +71,7 @@ class Run:
     start: int
     state: dict[str, Any]
     versions: dict[str, str]
+    eval_tokens: int | None = None  # of a stream in an evaluation, once memory ran out in one
 
     @property
     def parameters(self) -> list[torch.Tensor]:

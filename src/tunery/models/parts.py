@@ -77,6 +77,16 @@ def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise ModelError(f"{type(causal).__name__}: no list of {count} layers found in it")
 
 
+def draws(model: nn.Module) -> bool:
+    """Whether a forward in training draws at random: dropout anywhere in it, as a module or by its configuration."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return True
+    config = unwrap(model).config.get_text_config().to_dict()
+    heads = ("summary", "classifier")  # of other tasks
+    shares = (value for key, value in config.items() if "drop" in key and not key.startswith(heads))
+    return any(isinstance(share, float) and share > 0 for share in shares)
+
+
 def to_master(parameter: nn.Parameter) -> None:
     """Let a parameter train, in float32 at least: a step of 1e-5 is lost in bfloat16's 8 bits."""
     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
