@@ -63,6 +63,15 @@ def test_the_compiled_softmax_of_large_logits_and_of_what_is_not_a_number():
     assert losses[2].isnan()
 
 
+@needs_compiler
+@pytest.mark.parametrize("target", [-100, -1, 53])
+def test_a_target_outside_the_vocabulary_is_refused_before_anything_is_written(target):
+    h, weight, y, weights, _ = inputs(dtype=torch.float32)
+    y[-1] = target
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 53\)"):
+        linear_cross_entropy(h, weight, y, weights, compiled=True)
+
+
 def test_by_hand():
     """Two classes, logits (0, ln 3): p = (1/4, 3/4); loss = 2 * -ln(1/4); dz = 2 * (1/4 - 1, 3/4)."""
     h = torch.tensor([[1.0]], dtype=torch.float64, requires_grad=True)

@@ -87,6 +87,38 @@ def test_what_is_not_a_number_stays_so(where):
     assert where == 2 or out[:5].isfinite().all()  # nothing times what is not a number is not nothing
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_all_overflow_have_no_softmax(dtype):
+    """Finite queries and keys, products of -inf: torch's operations make NaN of it, and so must the compiled form. The
+    third query sees a key with a finite score."""
+    query, key, value = (x.detach().to(dtype) for x in tensors(1, 1, 16, 3, torch.float32))
+    query, key = torch.full_like(query, 1e20), torch.full_like(key, -1e20)
+    key[:, 2] = 0
+    out = segment_attention(query, key, value, [3], 1.0, compiled=True)
+    assert out[:2].isnan().all() and torch.equal(out[2], value[:, 2])
+    query.requires_grad_()
+    out = segment_attention(query, key, value, [3], 1.0, compiled=True)
+    assert torch.autograd.grad(out.sum(), query)[0][:, :2].isnan().all()
+
+
+@pytest.mark.parametrize("compile_", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize(
+    ("lengths", "key_lengths"), [([4, 7], None), ([4, 5], None), ([4, 6], [4, 7]), ([4, 6], [4, 5])], ids=str
+)
+def test_lengths_that_do_not_add_up(lengths, key_lengths, compile_):
+    inputs = tensors(4, 2, 16, 10, torch.float32)
+    with pytest.raises(ValueError, match="in all, where there are 10 and 10"):
+        segment_attention(*inputs, lengths, 0.5, compiled=compile_, key_lengths=key_lengths)
+
+
+@needs_compiler
+def test_heads_that_make_no_groups_are_refused():
+    query, (_, key, value) = tensors(5, 2, 16, 10, torch.float32)[0], tensors(4, 2, 16, 10, torch.float32)
+    with pytest.raises(RuntimeError, match="shape"):
+        segment_attention(query, key, value, [10], 0.5, compiled=True)
+
+
 def test_values_may_be_narrower_than_keys():
     """DeepSeek's latent attention has 24 numbers a key and 16 a value. Oracle: torch's, as above."""
     query, key, _ = tensors(4, 2, 24, 100)

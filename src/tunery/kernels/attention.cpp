@@ -22,6 +22,7 @@
 namespace {
 
 constexpr int64_t TILE = 64;
+constexpr float LOWEST = -1e30f;  // below every score: the maximum of none
 
 // How a stored type is multiplied: `Unit` is PAIR adjacent numbers along the sum of a product.
 template <class X> struct Product;
@@ -236,7 +237,7 @@ void attention_forward(
             const Unit* paired = values.data + (g * paired_rows + shape.paired(task.segment, P)) * width;
             as_columns(query.at(h, first), q_token, rows, dim, columns.data);
             alignas(64) float most[TILE], total[TILE], factor[TILE];
-            std::fill_n(most, TILE, -1e30f);
+            std::fill_n(most, TILE, LOWEST);
             std::fill_n(total, TILE, 0.0f);
             bool begun = false;
             for (int64_t from = shape.first_tile(start, place); from < place + rows; from += TILE, begun = true) {
@@ -278,10 +279,11 @@ void attention_forward(
                 );
             }
             for (int64_t m = 0; m < rows; m++) {
-                const float share = 1.0f / total[m];
+                // Where every score overflowed to -inf there is no softmax, and nothing finite may come out.
+                const float share = most[m] > LOWEST ? 1.0f / total[m] : std::numeric_limits<float>::quiet_NaN();
                 X* to = out + ((first + m) * heads + h) * width;
                 for (int64_t d = 0; d < width; d++) put(to[d], sums.data[m * width + d] * share);
-                lse[h * tokens + first + m] = most[m] + std::log(total[m]);
+                lse[h * tokens + first + m] = most[m] - std::log(share);
             }
         }
     }

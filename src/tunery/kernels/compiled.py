@@ -171,7 +171,9 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
 
 def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor, scale: float, slope: bool) -> Tensor:
     """weights * -log softmax(scale * z)[targets] of each row of z [N, V], float32 [N]. Where `slope`, z becomes the
-    gradient of their sum; it must be contiguous."""
+    gradient of their sum; it must be contiguous. Raises ValueError for a target outside the vocabulary."""
+    if bool(((targets < 0) | (targets >= z.shape[1])).any()):
+        raise ValueError(f"targets must be in [0, {z.shape[1]}), not {targets.min()} to {targets.max()}")
     losses = torch.empty(z.shape[0])
     targets, weights = targets.contiguous(), weights.float().contiguous()
     _call("cross_entropy", (z,), z, targets, weights, losses, *z.shape, scale, slope)
@@ -180,7 +182,9 @@ def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor, scale: float, slo
 
 def takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether attention.cpp has a form for these [heads, T, D]: of one dtype, which this processor multiplies, and of
-    whole vectors."""
+    whole vectors. Shapes that do not belong together are left to torch's operations, which refuse them."""
+    if query.shape[-1] != key.shape[-1] or key.shape[:2] != value.shape[:2] or query.shape[0] % key.shape[0]:
+        return False
     if not (query.dtype == key.dtype == value.dtype) or not _address("attention_forward", _LETTERS[query.dtype]):
         return False
     fits = all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= 256 for x in (query, value))

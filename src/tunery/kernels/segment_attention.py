@@ -43,7 +43,11 @@ def segment_attention(
     query [heads, T, D]; key [kv_heads, T, D]; value [kv_heads, T, Dv]; heads a multiple of kv_heads; `lengths` of the
     sequences, summing to T. `key_lengths`: where keys and values are of longer sequences, of which the queries are the
     last (shared_keys.py). `compiled` asks for compiled.py's form (in bfloat16 where the processor multiplies that,
-    and float32; D and Dv multiples of 16). Returns [T, heads, Dv], contiguous. Differentiable once."""
+    and float32; D and Dv multiples of 16). Returns [T, heads, Dv], contiguous. Differentiable once.
+    Raises ValueError for lengths that do not add up to the tokens there are."""
+    if (sum(lengths), sum(key_lengths or lengths)) != (query.shape[1], key.shape[1]):
+        given = f"{sum(lengths)} queries and {sum(key_lengths or lengths)} keys"
+        raise ValueError(f"sequences of {given} in all, where there are {query.shape[1]} and {key.shape[1]}")
     if compiled and runs_compiled(query, key, value):
         from tunery.kernels import compiled as kernels
 
