@@ -153,6 +153,14 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
     assert not list((tmp_path / "kernels").iterdir())
 
 
+def test_a_compiler_that_complains_in_another_encoding(monkeypatch, tmp_path):
+    program = tmp_path / "c++"
+    program.write_bytes(b"#!/bin/sh\nprintf 'f\\374r nichts' >&2\nexit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(TuneryError, match="could not be compiled"):
+        compiled._build(str(program), tmp_path / "kernels.so")
+
+
 @pytest.fixture
 def small_source(tmp_path, monkeypatch):
     """Kernels that are compiled at once, for what is done with them whatever they are."""

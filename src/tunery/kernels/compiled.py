@@ -283,7 +283,7 @@ def _build(program: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [program, *FLAGS, *map(str, SOURCES), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode != 0:
             raise TuneryError(f"the kernels could not be compiled: {' '.join(command)}\n{done.stderr.strip()}")
         with made.open("rb") as file:
