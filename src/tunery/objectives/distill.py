@@ -127,9 +127,7 @@ def _with_logps(row: list[Tokens], columns: Any, top_k: int) -> list[Tokens] | R
         )
     wrong = not np.isfinite(logps).all() or (ids < 0).any() or (np.exp(logps).sum(-1) > 1.01).any()
     if wrong or (np.diff(np.sort(ids, -1), axis=-1) == 0).any():
-        return Refused(
-            "teacher's log-probs are not probabilities", "not finite, an id twice, or a sum above 1"
-        )
+        return Refused("teacher's log-probs are not probabilities", "not finite, an id twice, or a sum above 1")
     for k in range(top_k):
         for name, values in ((IDS, ids), (LOGPS, logps)):
             tokens.extra[f"{name}{k}"] = np.zeros(len(tokens), dtype=values.dtype)
