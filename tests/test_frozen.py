@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import tunery.frozen
 import tunery.loop
+import tunery.plan.frozen_states
 from processes import job_file, train, train_on_two_ranks
 from tiny_runs import losses, same, tiny_job
 from tunery.errors import ConfigError
@@ -146,7 +147,7 @@ def test_where_it_is_not_exact_or_useless_every_epoch_runs_everything(tmp_path, 
 
 def test_auto_looks_at_the_room_and_the_gain(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(tunery.frozen, "PAYS", 0.5)
+        patch.setattr(tunery.plan.frozen_states, "PAYS", 0.5)
         job = job_of(tmp_path, "gain", "auto")
         run_job(job)
         assert "would save no more than" in notes(job)

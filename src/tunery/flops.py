@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -44,6 +44,13 @@ def flops_per_token(cost: Cost, *, labelled: float, mean_length: float) -> float
         # QK' and AV: 2 * 2 * width for each position seen; half of them on average, for causality.
         attention += 4 * width * _seen(mean_length, window) * (3 if backward else 1)
     return layers + head + attention
+
+
+def frozen_share(cost: Cost, *, labelled: float, mean_length: float) -> float:
+    """The share of a token's useful FLOPs in what stands below the first layer that trains: forwards alone."""
+    above = replace(cost, forward=cost.backward, attention=tuple(layer for layer in cost.attention if layer[2]))
+    shape = {"labelled": labelled, "mean_length": mean_length}
+    return 1 - flops_per_token(above, **shape) / flops_per_token(cost, **shape)
 
 
 def cost_of(model: Any) -> Cost:

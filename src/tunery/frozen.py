@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
-from typing import Any
 
 from tunery.data.loader import Loader
 from tunery.data.store import TokenStore
 from tunery.errors import ConfigError
-from tunery.flops import cost_of, flops_per_token
+from tunery.flops import cost_of, frozen_share
 from tunery.host import free_memory
 from tunery.models.boundary import FILE, Boundary, Probed
+from tunery.plan.frozen_states import never, no_room, not_worth_it
 from tunery.progress import human
 from tunery.setup import Run
-
-PAYS = 0.05  # of the run's arithmetic, that has to be saved for a file to be worth it
-DISK, MEMORY = 0.5, 0.5  # of what is free, that the file may take; it is read at random, so it should stay in memory
 
 
 def keep_frozen_states(run: Run) -> None:
@@ -76,13 +73,11 @@ def skipped_flops(run: Run) -> float:
     head and layers that train count with their backward."""
     store = run.data.train
     assert isinstance(store, TokenStore)
-    lengths, cost = store.lengths, cost_of(run.model)
-    shape: dict[str, Any] = {
-        "labelled": float(store.labelled.sum() / lengths.sum()),
-        "mean_length": float((lengths**2).sum() / lengths.sum()),
-    }
-    above = replace(cost, forward=cost.backward, attention=tuple(layer for layer in cost.attention if layer[2]))
-    frozen = 1 - flops_per_token(above, **shape) / flops_per_token(cost, **shape)
+    lengths = store.lengths
+    frozen = frozen_share(
+        cost_of(run.model), labelled=float(store.labelled.sum() / lengths.sum()),
+        mean_length=float((lengths**2).sum() / lengths.sum()),
+    )  # fmt: skip
     return frozen * (1 - _steps_per_epoch(run) / run.total_steps)
 
 
@@ -95,10 +90,9 @@ def _exact(run: Run) -> tuple[str | None, Probed]:
     if not isinstance(run.loader, Loader):
         streamed = not isinstance(run.data.train, TokenStore)
         return "the data are streamed" if streamed else "the answers are generated", nothing
-    if run.total_steps <= run.loader.steps_per_epoch:
-        return "the run sees each row once", nothing
-    if run.job.train.neftune is not None:
-        return "train.neftune adds new noise to the embeddings at every step", nothing
+    why_not = never(run.job, run.total_steps, run.loader.steps_per_epoch)
+    if why_not is not None:
+        return why_not, nothing
     if run.engine.world > int(os.environ.get("LOCAL_WORLD_SIZE", run.engine.world)):
         return "its ranks are on several machines, which would have to share the file", nothing
     probed = run.policy.probe_boundary()
@@ -111,16 +105,8 @@ def _room(run: Run, probed: Probed, demanding: bool) -> str | None:
     file = run.output / FILE
     taken = file.stat().st_blocks * 512 if file.is_file() else 0
     free = shutil.disk_usage(run.output).free + taken
-    if size > DISK * free:
-        return f"what they give takes {human(size)}B, and {run.output} has {human(free)}B free"
-    if not demanding:
-        return None
-    share, memory = skipped_flops(run), free_memory()
-    if share < PAYS:
-        return f"running them once would save no more than {share:.1%} of the run's arithmetic"
-    if memory is not None and size > MEMORY * memory:
-        return f"what they give takes {human(size)}B, and {human(memory)}B of memory are free to hold it"
-    return None
+    why_not = no_room(size, free, run.output)
+    return not_worth_it(size, skipped_flops(run), free_memory()) if why_not is None and demanding else why_not
 
 
 def _size(run: Run, probed: Probed) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunery.checkpoint import save_interval
 from tunery.plan.choose import best, rungs_of
+from tunery.plan.frozen_states import frozen_states
 from tunery.plan.ladder import Change, ladder
 from tunery.plan.planner import Memory, Planner
 from tunery.plan.reference import reference_cost, teacher_seconds
@@ -69,20 +70,9 @@ def make_plan(planner: Planner, cut: tuple[int, str] | None = None) -> Plan:
     job, device, rows = planner.job, planner.device, planner.rows
     micro_tokens, rung = cut or best(planner, rungs_of(job, device))
     memory, work = planner.memory(micro_tokens, rung), planner.work(micro_tokens)
-    seconds, once, disk = planner.seconds(micro_tokens, rung), 0.0, _disk(planner, work)
-    notes = []
-    reference = reference_cost(planner, micro_tokens, rung)
-    if reference is not None:
-        memory = replace(memory, weights=memory.weights + reference.memory)
-        seconds, once, disk = seconds + reference.each_step, reference.once, disk + reference.disk
-        notes.append(reference.note)
-    if planner.shadow.teacher_bytes:
-        beside = teacher_seconds(planner, micro_tokens, rung)
-        seconds += beside
-        notes.append(
-            f"the teacher's weights take {human(planner.shadow.teacher_bytes)}B, and its forward about {beside:.2g} s "
-            "of each step (by its size)"
-        )
+    beside = _beside(planner, micro_tokens, rung)
+    memory = replace(memory, weights=memory.weights + beside.memory)
+    seconds, notes = planner.seconds(micro_tokens, rung) + beside.each_step, beside.notes
     fits = memory.total <= device.memory
     if isinstance(rows, AssumedRows) and not job.rewards:  # answers to come are another matter (plan/command.py)
         notes.append(
@@ -103,17 +93,57 @@ def make_plan(planner: Planner, cut: tuple[int, str] | None = None) -> Plan:
         checkpointing=rung,
         memory=memory,
         fits=fits,
-        flops_per_token=planner.flops_per_token,
-        executed_flops_per_token=planner.executed_flops(micro_tokens, rung),
+        flops_per_token=planner.flops_per_token * beside.useful,
+        executed_flops_per_token=beside.executed or planner.executed_flops(micro_tokens, rung),
         tokens_per_second=work.tokens / seconds,
         seconds_per_step=seconds,
         steps=work.steps,
         tokens=None if work.steps is None else round(work.tokens * work.steps),
-        seconds=None if work.steps is None else seconds * work.steps + once,
-        disk=disk,
+        seconds=None if work.steps is None else seconds * work.steps + beside.once,
+        disk=_disk(planner, work) + beside.disk,
         ladder=_ladder(planner, fits, micro_tokens, rung),
         notes=notes,
     )
+
+
+@dataclass
+class Beside:
+    """What a run takes besides its steps: `memory` and `disk` in bytes, `each_step` and `once` in seconds. `useful`:
+    the share of its useful arithmetic that is left to do, and `executed` FLOPs of a token where that changes them."""
+
+    memory: int = 0
+    disk: int = 0
+    each_step: float = 0.0
+    once: float = 0.0
+    useful: float = 1.0
+    executed: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def _beside(planner: Planner, micro_tokens: int, rung: str) -> Beside:
+    """Of a reference or a teacher, and of frozen layers that run once."""
+    beside = Beside()
+    reference = reference_cost(planner, micro_tokens, rung)
+    if reference is not None:
+        beside.memory, beside.disk, beside.once = reference.memory, reference.disk, reference.once
+        beside.each_step += reference.each_step
+        beside.notes.append(reference.note)
+    if planner.shadow.teacher_bytes:
+        seconds = teacher_seconds(planner, micro_tokens, rung)
+        beside.each_step += seconds
+        beside.notes.append(
+            f"the teacher's weights take {human(planner.shadow.teacher_bytes)}B, and its forward about {seconds:.2g} s "
+            "of each step (by its size)"
+        )
+    kept = frozen_states(planner, micro_tokens, rung)
+    if isinstance(kept, str):
+        beside.notes.append(f"every epoch runs the frozen layers, because {kept} (adapter.cache)")
+    elif kept is not None:
+        beside.disk += kept.disk
+        beside.each_step += kept.each_step
+        beside.useful, beside.executed = 1 - kept.saved, kept.executed
+        beside.notes.append(kept.note)
+    return beside
 
 
 def _ladder(planner: Planner, fits: bool, micro_tokens: int, rung: str) -> list[Change]:

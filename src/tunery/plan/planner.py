@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -112,8 +112,8 @@ class Planner:
                 self.note += "; without the family's own kernels it is slower than this"
             return closed_form(self.shadow, stream, rung, device, accumulates)
 
-    def _line(self, rung: str) -> Line:
-        """Up to the longest stream of all."""
+    def _line(self, rung: str, reading: bool = False) -> Line:
+        """Up to the longest stream of all; `reading` as `seconds`."""
         work = self.work(self.most)
         streams = [work.typical(max(8 + i, int(share * work.largest.tokens))) for i, share in enumerate(POINTS)]
         profiles = [self.profile(stream, rung, work.accumulates) for stream in streams]
@@ -121,8 +121,8 @@ class Planner:
         return Line(
             tuple(stream.tokens for stream in streams),
             tuple(self._dynamic(profile, stream, rung) for profile, stream in both),
-            tuple(self._busy(profile, stream, rung) for profile, stream in both),
-            self.device.rates.launch * sum(profiles[0].work().values()),
+            tuple(self._busy(profile, stream, rung, reading) for profile, stream in both),
+            self.device.rates.launch * sum(profiles[0].work(self._part(reading)).values()),
         )
 
     @cached_property
@@ -181,24 +181,31 @@ class Planner:
 
     # -------------------------------------------------------- time
 
-    def seconds(self, micro_tokens: int, rung: str) -> float:
-        """Of a mean optimizer step."""
+    def seconds(self, micro_tokens: int, rung: str, reading: bool = False) -> float:
+        """Of a mean optimizer step; with `reading` of one that begins with what the frozen layers gave before."""
         steps = self.work(micro_tokens).streams
-        return sum(self.step_seconds(streams, rung) for streams in steps) / len(steps)
+        return sum(self.step_seconds(streams, rung, reading) for streams in steps) / len(steps)
 
-    def step_seconds(self, streams: Sequence[int], rung: str) -> float:
+    def step_seconds(self, streams: Sequence[int], rung: str, reading: bool = False) -> float:
         """Of a step with streams of so many tokens."""
-        line = self.line(rung)
+        line = self.line(rung, reading)
         return sum(line.seconds(tokens) for tokens in streams) + self._time(self.optimizer[2])
 
-    def _busy(self, profile: Profile, stream: Stream, rung: str) -> float:
+    def _busy(self, profile: Profile, stream: Stream, rung: str, reading: bool = False) -> float:
         """Seconds of one micro-batch. Layers' inputs go to the host beside the forward, and come back beside the
         backward: whichever of both takes longer."""
+        part, products = self._part(reading), profile.products()
         if not self._offloads(rung):
-            return self._time(profile.work(), profile.products())
+            return self._time(profile.work(part), products)
         copies = self._inputs * stream.tokens * self.shadow.hidden_bytes / self.device.rates.host
-        forward = self._time(profile.work(lambda name: not in_backward(name)), profile.products())
+        forward = self._time(profile.work(lambda name: part(name) and not in_backward(name)), products)
         return max(copies, forward) + max(copies, self._time(profile.work(in_backward)))
+
+    def _part(self, reading: bool) -> Callable[[Hashable], bool]:
+        """The spans that are run: `reading`, all but the forwards of layers without a backward, which are of kinds of
+        their own."""
+        below = {("forward", kind) for kind in self.shadow.layers[: self.shadow.below]} if reading else ()
+        return lambda name: name not in below
 
     def _time(self, operations: Counter[Operation], products: int = 0) -> float:
         """Seconds of operations, with so many different shapes of products in 16 bits."""
@@ -207,10 +214,11 @@ class Planner:
         busy = sum(often * rates.seconds(*operation) for operation, often in operations.items())
         return max(launch, busy) if rates.overlaps else launch + busy
 
-    def executed_flops(self, micro_tokens: int, rung: str) -> float:
-        """Of a token, whatever they are for: what is recomputed and the masked part of attention included."""
+    def executed_flops(self, micro_tokens: int, rung: str, reading: bool = False) -> float:
+        """Of a token, whatever they are for: what is recomputed and the masked part of attention included; `reading` as
+        `seconds`."""
         stream = self.work(micro_tokens).largest
-        work = self.profile(stream, rung, self.work(micro_tokens).accumulates).work()
+        work = self.profile(stream, rung, self.work(micro_tokens).accumulates).work(self._part(reading))
         return sum(flops * often for (_, flops, _), often in work.items()) / stream.tokens
 
     @cached_property
