@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,22 @@ def stamp() -> dict[str, Any]:
     return {
         "machine": machine(),
         "versions": versions(),
-        "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),
+        "command": " ".join([program, *map(shlex.quote, without_paths(sys.argv[1:]))]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def without_paths(arguments: Sequence[str]) -> list[str]:
+    """A command's words as anyone would give them: with names for this machine's paths."""
+    places = {"--python": "PYTHON", "--llamafactory": "PYTHON", "--assets": "FOLDER"}
+    words = list(arguments)
+    for number, word in enumerate(words):
+        name, joined, _ = word.partition("=")
+        if name in places and joined:
+            words[number] = f"{name}={places[name]}"
+        elif name in places and number + 1 < len(words):
+            words[number + 1] = places[name]
+    return words
 
 
 def machine() -> str:

@@ -103,16 +103,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """The command as anyone would give it: with names for this machine's paths."""
-    places = {"--python": "PYTHON", "--llamafactory": "PYTHON", "--assets": "FOLDER"}
-    words = list(arguments)
-    for number, word in enumerate(words):
-        name, joined, _ = word.partition("=")
-        if name in places and joined:
-            words[number] = f"{name}={places[name]}"
-        elif name in places and number + 1 < len(words):
-            words[number + 1] = places[name]
-    return shlex.join(["python", "-m", "bench.sft", *words])
+    from bench.results_page import without_paths
+
+    return shlex.join(["python", "-m", "bench.sft", *without_paths(arguments)])
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
