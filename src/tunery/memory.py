@@ -253,9 +253,10 @@ class Profile:
         of_kind = {kind: span.freed[("forward", kind)] for kind in set(self.layers)}
         return sum(of_kind.values()), sum(of_kind[kind] for kind in self.layers)
 
-    def products(self) -> int:
-        """Different shapes of products in 16 bits. Layers of one kind have the same."""
-        return len(set().union(*(span.products for span in self.spans.values())))
+    def products(self, part: Callable[[Hashable], bool] = lambda _: True) -> int:
+        """Different shapes of products in 16 bits, in all spans or those of a `part`. Layers of one kind have the
+        same."""
+        return len(set().union(*(span.products for name, span in self.spans.items() if part(name))))
 
     def work(self, part: Callable[[Hashable], bool] = lambda _: True) -> Counter[Operation]:
         """Every operation of the micro-batch, at full depth; or those in spans whose name is of a `part`."""

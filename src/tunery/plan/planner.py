@@ -194,7 +194,8 @@ class Planner:
     def _busy(self, profile: Profile, stream: Stream, rung: str, reading: bool = False) -> float:
         """Seconds of one micro-batch. Layers' inputs go to the host beside the forward, and come back beside the
         backward: whichever of both takes longer."""
-        part, products = self._part(reading), profile.products()
+        part = self._part(reading)
+        products = profile.products(part)
         if not self._offloads(rung):
             return self._time(profile.work(part), products)
         copies = self._inputs * stream.tokens * self.shadow.hidden_bytes / self.device.rates.host
