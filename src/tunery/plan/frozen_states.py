@@ -62,8 +62,8 @@ class FrozenStates:
     @property
     def note(self) -> str:
         return (
-            f"the frozen layers run in the first epoch; later steps begin with what they gave ({human(self.disk)}B in the "
-            f"run folder) and take {self.later / self.seconds:.2f} of the time (adapter.cache)"
+            f"the frozen layers run in the first epoch; later steps begin with what they gave ({human(self.disk)}B in "
+            f"the run folder) and take {self.later / self.seconds:.2f} of the time (adapter.cache)"
         )
 
 
