@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunery.kernels.linear_cross_entropy import chunk_rows
+from tunery.kernels.linear_cross_entropy import HeadGradients, chunk_rows
 
 LEAST = 1e-6  # of a teacher's probability, for the tokens of which it says nothing
 
@@ -197,16 +197,11 @@ class _Divergence(torch.autograd.Function):
         mixture: Mixture,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(h_NH.dtype, torch.float32)
-        train_h, train_w, train_b = ctx.needs_input_grad[:3]
         w = weight_VH.to(h_NH.dtype)
         chunk = _chunk(student, teacher)
         shared, tau = min(student.vocabulary, teacher.vocabulary), mixture.temperature
         diverging, nll = torch.zeros(2, dtype=wide, device=h_NH.device).unbind()
-        dh_NH = torch.empty_like(h_NH) if train_h else None
-        dw_VH = (
-            torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if train_w else None
-        )
-        db_V = torch.zeros(w.shape[0], dtype=wide, device=h_NH.device) if train_b else None
+        gradients = HeadGradients(ctx, h_NH, weight_VH)
         with torch.autocast(h_NH.device.type, enabled=False):
             for start in range(0, h_NH.shape[0], chunk):
                 rows = slice(start, start + chunk)
@@ -217,7 +212,7 @@ class _Divergence(torch.autograd.Function):
                 lse = z.logsumexp(-1)
                 diverging += (values * weights).sum()
                 nll += ((lse - z.gather(1, y)[:, 0]) * weights).sum()
-                if not (train_h or train_w or train_b):
+                if not gradients.wanted:
                     continue
                 flat = 1.0 - (z / student.softcap).square() if student.softcap is not None else None
                 if mixture.sft_weight:
@@ -230,22 +225,12 @@ class _Divergence(torch.autograd.Function):
                 dz *= weights[:, None] * student.scale
                 if flat is not None:
                     dz *= flat
-                if db_V is not None:
-                    db_V += dz.sum(0)
-                dz = dz.to(h.dtype)
-                if dh_NH is not None:
-                    dh_NH[rows] = dz @ w
-                if dw_VH is not None:
-                    dw_VH += dz.T @ h
-        grads = (dh_NH, None if dw_VH is None else dw_VH.to(weight_VH.dtype), db_V)
-        ctx.present = [g is not None for g in grads]
-        ctx.save_for_backward(*[g for g in grads if g is not None])
+                gradients.add(rows, h, w, dz)
+        gradients.save(ctx)
         total = diverging + mixture.sft_weight * nll
         ctx.mark_non_differentiable(diverging, nll)
         return total, diverging, nll
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        grads = [next(saved) * grad_outputs[0] if there else None for there in ctx.present]
-        return (*grads, None, None, None, None, None)
+        return (*HeadGradients.saved(ctx, grad_outputs[0]), None, None, None, None, None)

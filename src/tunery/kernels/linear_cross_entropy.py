@@ -102,6 +102,44 @@ def token_losses(logps_N: Tensor, lse_N: Tensor, weights_N: Tensor, dft: bool, z
     return TokenLosses(total, nll_N.detach().sum(), squares_N.detach().sum())
 
 
+class HeadGradients:
+    """Gradients by a head's hidden states [N, H], weight [V, H] and bias [V] - a function's first three inputs - made
+    in its forward, a chunk of rows at a time; those that are not asked for are left out. Sums over rows are in float32
+    or wider."""
+
+    def __init__(self, ctx: Any, h_NH: Tensor, weight_VH: Tensor):
+        train_h, train_w, train_b = ctx.needs_input_grad[:3]
+        self.wanted: bool = train_h or train_w or train_b
+        wide = torch.promote_types(h_NH.dtype, torch.float32)
+        of_weight = torch.promote_types(weight_VH.dtype, torch.float32)
+        self.dtype = weight_VH.dtype
+        self.dh_NH = torch.empty_like(h_NH) if train_h else None
+        self.dw_VH = torch.zeros_like(weight_VH, dtype=of_weight) if train_w else None
+        self.db_V = torch.zeros(weight_VH.shape[0], dtype=wide, device=h_NH.device) if train_b else None
+
+    def add(self, rows: slice, h: Tensor, w_VH: Tensor, dz: Tensor) -> None:
+        """What follows from `dz`, the gradient by the logits of `rows`, whose hidden states are `h`; `w_VH` is the
+        weight in their dtype."""
+        if self.db_V is not None:
+            self.db_V += dz.sum(0)
+        dz = dz.to(h.dtype)
+        if self.dh_NH is not None:
+            torch.mm(dz, w_VH, out=self.dh_NH[rows])
+        if self.dw_VH is not None:
+            self.dw_VH += dz.T @ h
+
+    def save(self, ctx: Any) -> None:
+        grads = (self.dh_NH, None if self.dw_VH is None else self.dw_VH.to(self.dtype), self.db_V)
+        ctx.present = [g is not None for g in grads]
+        ctx.save_for_backward(*[g for g in grads if g is not None])
+
+    @staticmethod
+    def saved(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+        """The three, in the backward, for a loss whose own gradient is `upstream`."""
+        saved = iter(ctx.saved_tensors)
+        return [next(saved) * upstream if there else None for there in ctx.present]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -118,15 +156,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(h_NH.dtype, torch.float32)
-        train_h, train_w, train_b = ctx.needs_input_grad[:3]
         w = weight_VH.to(h_NH.dtype)
         chunk = chunk_rows(w.shape[0], h_NH.device)
         total, nll, squares = torch.zeros(3, dtype=wide, device=h_NH.device).unbind()
-        dh_NH = torch.empty_like(h_NH) if train_h else None
-        dw_VH = (
-            torch.zeros_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if train_w else None
-        )
-        db_V = torch.zeros(w.shape[0], dtype=wide, device=h_NH.device) if train_b else None
+        gradients = HeadGradients(ctx, h_NH, weight_VH)
         softmax = _softmax(compiled, h_NH)
         with torch.autocast(h_NH.device.type, enabled=False):
             for start in range(0, h_NH.shape[0], chunk):
@@ -134,11 +167,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 h, y, weights = h_NH[rows], targets_N[rows, None], weights_N[rows].to(wide)
                 z = h @ w.T
                 if softmax is not None:
-                    total += softmax(z, targets_N[rows], weights, scale, train_h or train_w).sum()
-                    if dh_NH is not None:
-                        torch.mm(z, w, out=dh_NH[rows])
-                    if dw_VH is not None:
-                        dw_VH += z.T @ h
+                    total += softmax(z, targets_N[rows], weights, scale, gradients.wanted).sum()
+                    gradients.add(rows, h, w, z)
                     continue
                 z = z.to(wide)
                 if bias_V is not None:
@@ -153,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 squares += (lse.square() * weights).sum()
                 factors = weights * logps.exp() if dft else weights
                 total -= (logps * factors).sum()
-                if not (train_h or train_w or train_b):
+                if not gradients.wanted:
                     continue
                 slope = 1.0 - (z / softcap).square() if softcap is not None else None
                 dz = z.sub_(lse[:, None]).exp_()
@@ -166,16 +196,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dz *= factors[:, None] * scale
                 if slope is not None:
                     dz *= slope
-                if db_V is not None:
-                    db_V += dz.sum(0)
-                dz = dz.to(h.dtype)
-                if dh_NH is not None:
-                    dh_NH[rows] = dz @ w
-                if dw_VH is not None:
-                    dw_VH += dz.T @ h
-        grads = (dh_NH, None if dw_VH is None else dw_VH.to(weight_VH.dtype), db_V)
-        ctx.present = [g is not None for g in grads]
-        ctx.save_for_backward(*[g for g in grads if g is not None])
+                gradients.add(rows, h, w, dz)
+        gradients.save(ctx)
         if softmax is not None:
             nll = total.clone()
         if z_loss:
@@ -185,9 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        grads = [next(saved) * grad_outputs[0] if there else None for there in ctx.present]
-        return (*grads, None, None, None, None, None, None, None)
+        return (*HeadGradients.saved(ctx, grad_outputs[0]), None, None, None, None, None, None, None)
 
 
 def _softmax(wanted: bool, h: Tensor) -> Callable[..., Tensor] | None:
