@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunery.data.truncate import shorten
@@ -170,6 +171,12 @@ def without_length(batch: Batch, alpha: float) -> Tensor:
     place_N = torch.arange(count, device=lengths_S.device) - first_N
     factor_N = torch.where(place_N < shared_N, 1.0, alpha).to(batch.weights_T.dtype)
     return torch.ones_like(batch.weights_T).index_put((batch.labelled_N,), factor_N)
+
+
+def smoothed(logits_P: Tensor, wrong: float) -> Tensor:
+    """Cross-entropy of s(logits), the chance that the chosen answer is the better one, with labels of which the share
+    `wrong` is the wrong way round: [P]."""
+    return -(1 - wrong) * F.logsigmoid(logits_P) - wrong * F.logsigmoid(-logits_P)
 
 
 def pair_metrics(

@@ -9,7 +9,7 @@ number. For pairs there is `dpo` with `loss: bco_pair` as well, which is the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from tunery.config import KindConfig
 from tunery.pairs import sequence_logps
 from tunery.thumbs import LABEL, Metrics, count_sequences, encode_thumbs, thumb_metrics
-from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
+from tunery.types import Batch, Loss, Policy
 
 
 class Config(KindConfig):
@@ -38,15 +38,11 @@ class Objective:
 
     reference = True
 
+    rows, weight = staticmethod(encode_thumbs), staticmethod(count_sequences)
+
     def __init__(self, config: Config):
         self.config = config
         self.rewards_seen = (0.0, 0.0)  # sum and number
-
-    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return encode_thumbs(examples, template)
-
-    def weight(self, batch: Batch) -> Tensor:
-        return count_sequences(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         wanted_S, logps_T = batch.extra[LABEL].bool(), policy.logps(batch)

@@ -8,16 +8,15 @@ mean log-probabilities of the answers' tokens. Losses are summed over pairs; a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from tunery.config import KindConfig
-from tunery.pairs import answer_lengths, count_pairs, encode_pairs, pair_metrics, sequence_logps, split_pairs
-from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
+from tunery.pairs import answer_lengths, count_pairs, encode_pairs, pair_metrics, sequence_logps, smoothed, split_pairs
+from tunery.types import Batch, Loss, Policy
 
 
 class Config(KindConfig):
@@ -43,21 +42,17 @@ class Objective:
 
     pairs = True
 
+    rows, weight = staticmethod(encode_pairs), staticmethod(count_pairs)
+
     def __init__(self, config: Config):
         self.config = config
-
-    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return encode_pairs(examples, template)
-
-    def weight(self, batch: Batch) -> Tensor:
-        return count_pairs(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         config = self.config
         logps_S = sequence_logps(batch, policy.logps(batch))
         chosen_P, rejected_P = split_pairs(logps_S)
         mean_chosen_P, mean_rejected_P = split_pairs(logps_S / answer_lengths(batch))
-        total = (_preference(config, chosen_P - rejected_P, mean_chosen_P - mean_rejected_P)).sum()
+        total = _preference(config, chosen_P - rejected_P, mean_chosen_P - mean_rejected_P).sum()
         total = total - config.sft_weight * mean_chosen_P.sum()
         count = float(len(chosen_P))
         metrics = {"loss": (total.detach(), count), "nll/chosen": (-mean_chosen_P.detach().sum(), count)}
@@ -69,7 +64,5 @@ def _preference(config: Config, margin_P: Tensor, mean_margin_P: Tensor) -> Tens
     """l of each pair, [P]."""
     if config.loss == "ipo":
         return (mean_margin_P - 1 / (2 * config.beta)).square()
-    logits_P, wrong = config.beta * margin_P, config.label_smoothing
-    if config.loss == "hinge":
-        return F.relu(1 - logits_P)
-    return -(1 - wrong) * F.logsigmoid(logits_P) - wrong * F.logsigmoid(-logits_P)
+    logits_P = config.beta * margin_P
+    return F.relu(1 - logits_P) if config.loss == "hinge" else smoothed(logits_P, config.label_smoothing)

@@ -24,7 +24,7 @@ pairs."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -40,10 +40,11 @@ from tunery.pairs import (
     encode_pairs,
     pair_metrics,
     sequence_logps,
+    smoothed,
     split_pairs,
     without_length,
 )
-from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
+from tunery.types import Batch, Loss, Policy
 
 Name = Literal[
     "sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "discopop",
@@ -112,6 +113,8 @@ class Objective:
 
     pairs = True
 
+    rows, weight = staticmethod(encode_pairs), staticmethod(count_pairs)
+
     def __init__(self, config: Config):
         self.config = config
         self.reference = config.reference != "none"
@@ -119,12 +122,6 @@ class Objective:
         self.rewards_seen = (0.0, 0.0)  # sum and number, for BCO's shift
         # only bco_pair has a step looked at before its losses
         self.observe = self._rewards if "bco_pair" in self.weights else None
-
-    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return encode_pairs(examples, template)
-
-    def weight(self, batch: Batch) -> Tensor:
-        return count_pairs(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         config = self.config
@@ -209,14 +206,9 @@ class Pairs:
         return self.chosen_P / self.chosen_length_P - self.rejected_P / self.rejected_length_P
 
 
-def _smoothed(logits_P: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy of sigmoid(logits) with the label (1 - e, e)."""
-    return -(1 - smoothing) * F.logsigmoid(logits_P) - smoothing * F.logsigmoid(-logits_P)
-
-
 def _sigmoid(pairs: Pairs, config: Config) -> Tensor:
     """With label_smoothing: cDPO (Mitchell, 2023), the cross-entropy with labels that are wrong so often."""
-    return _smoothed(config.beta * pairs.margin_P, config.label_smoothing)
+    return smoothed(config.beta * pairs.margin_P, config.label_smoothing)
 
 
 def _hinge(pairs: Pairs, config: Config) -> Tensor:

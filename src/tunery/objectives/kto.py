@@ -12,17 +12,16 @@ arXiv:2408.06266, its unpaired form). Losses are summed over answers; a step's w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from tunery.config import KindConfig
 from tunery.pairs import answer_lengths, sequence_logps
 from tunery.thumbs import LABEL, Metrics, count_sequences, encode_thumbs, mismatched, thumb_metrics
-from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
+from tunery.types import Batch, Loss, Policy
 
 
 class Config(KindConfig):
@@ -45,17 +44,13 @@ class Objective:
 
     reference = True
 
+    rows, weight = staticmethod(encode_thumbs), staticmethod(count_sequences)
+
     def __init__(self, config: Config):
         self.config = config
         self.z = 0.0
         self.observe = self._distance if config.loss == "kto" else None
         self.companions = mismatched if config.loss == "kto" else None
-
-    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return encode_thumbs(examples, template)
-
-    def weight(self, batch: Batch) -> Tensor:
-        return count_sequences(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         config, wanted_S = self.config, batch.extra[LABEL].bool()

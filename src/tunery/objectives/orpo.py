@@ -8,9 +8,6 @@ lambda. Losses are summed over pairs; a step's weight is its number of pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from tunery.config import KindConfig
 from tunery.pairs import answer_lengths, count_pairs, encode_pairs, pair_metrics, sequence_logps, split_pairs
-from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
+from tunery.types import Batch, Loss, Policy
 
 
 class Config(KindConfig):
@@ -32,14 +29,10 @@ class Objective:
 
     pairs = True
 
+    rows, weight = staticmethod(encode_pairs), staticmethod(count_pairs)
+
     def __init__(self, config: Config):
         self.config = config
-
-    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return encode_pairs(examples, template)
-
-    def weight(self, batch: Batch) -> Tensor:
-        return count_pairs(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         beta = self.config.beta

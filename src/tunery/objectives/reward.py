@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from tunery.config import KindConfig
 from tunery.pairs import count_pairs, encode_pairs, split_pairs
-from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
+from tunery.types import Batch, Loss, Policy
 
 
 class Config(KindConfig):
@@ -32,14 +28,10 @@ class Objective:
     head = "score"
     pairs = True
 
+    rows, weight = staticmethod(encode_pairs), staticmethod(count_pairs)
+
     def __init__(self, config: Config):
         self.config = config
-
-    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return encode_pairs(examples, template)
-
-    def weight(self, batch: Batch) -> Tensor:
-        return count_pairs(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         rewards_S = policy.values(batch, batch.ends_S)

@@ -7,12 +7,7 @@ step's weight is its number of pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from tunery.config import KindConfig
 from tunery.pairs import (
@@ -22,9 +17,10 @@ from tunery.pairs import (
     encode_pairs,
     pair_metrics,
     sequence_logps,
+    smoothed,
     split_pairs,
 )
-from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
+from tunery.types import Batch, Loss, Policy
 
 
 class Config(KindConfig):
@@ -45,14 +41,10 @@ class Objective:
 
     pairs = True
 
+    rows, weight = staticmethod(encode_pairs), staticmethod(count_pairs)
+
     def __init__(self, config: Config):
         self.config = config
-
-    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
-        return encode_pairs(examples, template)
-
-    def weight(self, batch: Batch) -> Tensor:
-        return count_pairs(batch)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         config = self.config
@@ -60,8 +52,7 @@ class Objective:
         mean_chosen_P, mean_rejected_P = split_pairs(logps_S / answer_lengths(batch))
         rewards = config.beta * mean_chosen_P, config.beta * mean_rejected_P
         logits_P = rewards[0] - rewards[1] - config.gamma
-        wrong = config.label_smoothing
-        total = (-(1 - wrong) * F.logsigmoid(logits_P) - wrong * F.logsigmoid(-logits_P)).sum()
+        total = smoothed(logits_P, config.label_smoothing).sum()
         metrics: Metrics = {}
         if config.sft_weight:
             total = total - config.sft_weight * mean_chosen_P.sum()
