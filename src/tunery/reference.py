@@ -61,7 +61,7 @@ def keep_reference(run: Run, console: Any = None) -> None:
     why_not = "it was asked to" if wanted == "live" else _unknown_rows(run) or _no_room(run)
     if why_not is None:
         _keep_logps(run, console)
-        if hasattr(run.objective, "companions"):  # sequences that are in no file
+        if getattr(run.objective, "companions", None) is not None:  # sequences that are in no file
             run.policy.at_start = _starting(run)
         return
     if wanted == "cached":

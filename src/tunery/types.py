@@ -270,7 +270,15 @@ class Policy(Protocol):
 
 
 class Objective(Protocol):
-    """One file in objectives/ each: a `Config` and a class `Objective(config)` with these methods."""
+    """One file in objectives/ each: a `Config` and a class `Objective(config)` with these methods. What else one needs
+    or offers it says by an attribute, which is looked for where it matters:
+
+    reference = True       policy.reference_logps (reference.py)         head = "score"     a scalar head: policy.values
+    value_head = True      policy.logps_and_values (ppo)                 its Config's teacher: policy.teacher_logits
+    pairs = True           two answers a row, for those who show them    unused(example)    what of a row is left out
+    generates = True       rows are prompts, steps are rollouts: judge, measure, least_group, needs_rewards (rollout/)
+    observe, take_in, companions                                         numbers of a whole step (observe.py)
+    state, load_state                                                    what a checkpoint has to hold of it"""
 
     def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
         """Each example's sequences, which will share a stream, or why it cannot be used."""

@@ -38,9 +38,9 @@ class Config(KindConfig):
 
 
 class Objective:
-    """sum over answers of L + sft_weight * mean_t -log pi(y_t) of the wanted ones. With kto the reference always runs
-    beside the policy: which answers meet which prompts changes from step to step. A step of one example has no other
-    answer, and takes z = 0."""
+    """sum over answers of L + sft_weight * mean_t -log pi(y_t) of the wanted ones. For z the reference runs beside
+    the policy: which answers meet which prompts changes from step to step. A step of one example has no other answer,
+    and takes z = 0."""
 
     reference = True
 
