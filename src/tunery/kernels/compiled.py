@@ -46,7 +46,7 @@ _ARGUMENTS = {
     "silu_backward": "pppppiiiii",
     "gelu_tanh_forward": "pppiiii",
     "gelu_tanh_backward": "pppppiiiii",
-    "cross_entropy": "ppppiifii",
+    "cross_entropy": "pppppiifii",
     "attention_forward": "pppppppiiiiiiiiiiiifi",
     "attention_backward": "pppppppppppiiiiiiiiiiiiiiifi",
 }
@@ -172,11 +172,11 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
 def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor, scale: float, slope: bool) -> Tensor:
     """weights * -log softmax(scale * z)[targets] of each row of z [N, V], float32 [N]. Where `slope`, z becomes the
     gradient of their sum; it must be contiguous. Raises ValueError for a target outside the vocabulary."""
-    if bool(((targets < 0) | (targets >= z.shape[1])).any()):
-        raise ValueError(f"targets must be in [0, {z.shape[1]}), not {targets.min()} to {targets.max()}")
-    losses = torch.empty(z.shape[0])
+    losses, outside = torch.empty(z.shape[0]), ctypes.c_int64(0)
     targets, weights = targets.contiguous(), weights.float().contiguous()
-    _call("cross_entropy", (z,), z, targets, weights, losses, *z.shape, scale, slope)
+    _call("cross_entropy", (z,), z, targets, weights, losses, ctypes.addressof(outside), *z.shape, scale, slope)
+    if outside.value:
+        raise ValueError(f"targets must be in [0, {z.shape[1]}), not {targets.min()} to {targets.max()}")
     return losses
 
 

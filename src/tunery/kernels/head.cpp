@@ -7,12 +7,14 @@
 #include <cmath>
 
 // losses[i] = weights[i] (log sum exp(scale z[i]) - scale z[i, targets[i]]); where `slope`, z becomes the gradient of
-// their sum.
+// their sum. Where a target is outside the row, only `outside` is written: the number of such targets.
 template <class X>
 static void cross_entropy(
-    X* z, const int64_t* targets, const float* weights, float* losses, int64_t rows, int64_t width, float scale,
-    int64_t slope, int64_t threads
+    X* z, const int64_t* targets, const float* weights, float* losses, int64_t* outside, int64_t rows, int64_t width,
+    float scale, int64_t slope, int64_t threads
 ) {
+    for (int64_t i = 0; i < rows; i++) *outside += targets[i] < 0 || targets[i] >= width;
+    if (*outside) return;
     const int64_t whole = width / LANES * LANES;
 #pragma omp parallel for schedule(static) num_threads(team(rows * width, threads))
     for (int64_t i = 0; i < rows; i++) {
