@@ -92,7 +92,7 @@ def test_chinese_pairs_fit_every_terminal_and_margins_are_said(tmp_path, width):
     row = {"chosen": "鸭梨和苹果。" * 12, "rejected": "胡萝卜。" * 9, "margin": 1.5}
     rows = [{"prompt": f"{i}请说一种水果的名字。" * 6, **row} for i in range(3)]
     text = looked_at(tmp_path, width, rows, objective="reward")
-    assert "margin 1.5" in text and text.count("萝") == 9
+    assert "margin 1.5" in " ".join(text.split()) and text.count("萝") == 9  # a title may be wrapped
 
 
 def test_thumbs_are_said(tmp_path):

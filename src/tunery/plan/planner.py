@@ -149,7 +149,7 @@ class Planner:
         """The same, nearly, without running anything: bytes in all."""
         moving = self.line(rung).memory(self.work(micro_tokens).largest.tokens)
         fixed = self._weights + self.optimizer[0] + self.device.overhead
-        return fixed + round((1 + self.device.slack) * moving)
+        return fixed + moving + int(self.device.slack * moving)
 
     @property
     def _weights(self) -> int:
