@@ -16,14 +16,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from bench import per_second
 from bench.contestants import PLAIN, Contestant, tunery
 from bench.jobs import JOBS, Job, Prepared, data_section, tiny
 from bench.sft import QUIET, ROOT, race
 
-WARMUP = 2
 BETA, LR = 0.1, 5e-5
 ROWS = "datasets/llamafactory/dpo_en_demo.json"
 
@@ -97,64 +96,28 @@ def prepare(job: Job, assets: Path, folder: Path) -> Pairs:
     )
 
 
-def pairs_per_second(run: dict[str, Any], batch_size: int) -> float:
-    """Of the steps after the warm-up."""
-    timed = run["steps"][WARMUP:] or run["steps"]
-    return batch_size * len(timed) / sum(step["seconds"] for step in timed)
-
-
 def summarise(prepared: Pairs, field_: Sequence[Contestant], runs: dict[str, Any]) -> dict[str, Any]:
-    """Figures of each contestant; `ratio`: Tunery's (the first one's) pairs per second over its, the rounds' median."""
-    size, lines = prepared.job.batch_size, []
-    ours = runs[field_[0].name]
-    mean = sum(prepared.lengths) / len(prepared.lengths)
-    for one in field_:
-        line: dict[str, Any] = {"name": one.name, "about": one.about, "precision": one.precision}
-        good = [run for run in runs[one.name] if "error" not in run]
-        if not good:
-            lines.append(line | {"error": runs[one.name][0]["error"]})
-            continue
-        speeds = [pairs_per_second(run, size) for run in good]
-        first = [pairs_per_second(run, size) for run in ours if "error" not in run]
-        losses = [step["loss"] for step in good[0]["steps"]]
-        lines.append(line | {
-            "pairs_per_second": median(speeds), "tokens_per_second": median(speeds) * mean, "rounds": speeds,
-            "ratio": median([a / b for a, b in zip(first, speeds, strict=False)]) if first else None,
-            "peak_bytes": median(run["peak_bytes"] for run in good), "losses": losses,
-            "settings": good[0]["settings"], "load": max(run["load"] for run in good),
-        })  # fmt: skip
+    """The job's facts and each contestant's figures."""
     facts = {
-        "pairs": len(prepared.lengths), "batch_size": size, "max_length": prepared.job.max_length,
+        "pairs": len(prepared.lengths), "batch_size": prepared.job.batch_size, "max_length": prepared.job.max_length,
         "tokens": sum(prepared.lengths), "tokens_when_shared": sum(prepared.shared),
     }  # fmt: skip
-    return {"job": facts, "rounds": len(ours), "contestants": lines}
+    mean = facts["tokens"] / facts["pairs"]
+    lines = per_second.summarise(field_, runs, prepared.job.batch_size, mean)
+    return {"job": facts, "rounds": len(runs[field_[0].name]), "contestants": lines}
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     job = result["job"]
     saved = 1 - job["tokens_when_shared"] / job["tokens"]
-    timed = job["pairs"] - WARMUP * job["batch_size"]
-    lines = [
+    timed = job["pairs"] - per_second.WARMUP * job["batch_size"]
+    said = (
         f"{job['pairs']} pairs of dpo_en_demo ({timed} of them timed), {job['tokens']:,} tokens in both sequences, "
         f"cut-off {job['max_length']:,}, {job['batch_size']} pairs a step; {result['rounds']} "
-        f"round{'s' * (result['rounds'] > 1)}. A prompt run once for both answers saves {saved:.0%} of the tokens.",
-        "",
-        "| contestant | settings | pairs/s | tokens/s | Tunery is | peak memory | loss, first to last | load before |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
-    ]
-    for one in result["contestants"]:
-        if "error" in one:
-            why = one["error"].replace("|", "/")
-            lines.append(f"| {one['name']} | {one['about']} | did not run: {why} | | | | | |")
-            continue
-        ratio = f"{one['ratio']:.2f} x" if one["ratio"] else ""
-        lines.append(
-            f"| {one['name']} | {one['about']} | {one['pairs_per_second']:.2f} | {one['tokens_per_second']:,.0f} | "
-            f"{ratio} | {one['peak_bytes'] / 2**30:.2f} GiB | {one['losses'][0]:.4f} to {one['losses'][-1]:.4f} | "
-            f"{one['load']:.1f} |"
-        )
-    return "\n".join(lines)
+        f"round{'s' * (result['rounds'] > 1)}. A prompt run once for both answers saves {saved:.0%} of the tokens."
+    )
+    return "\n".join([said, "", *per_second.table(result["contestants"], "pairs")])
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,0 +1,147 @@
+"""The same reinforcement (GRPO with LoRA) in Tunery and in TRL: samples per second, peak memory, loss.
+
+    python -m bench.grpo [--rounds 3] [--steps 6] [--rivals trl-bf16 ...] [--python PYTHON] [--assets FOLDER]
+
+Prompts of LLaMA-Factory's alpaca_en_demo, a group of answers to each from the model as it stands, a reward that costs
+nothing (the answer's length), one update; the model of bench.sft's job A. It is random, so hardly an answer ends by
+itself, and all contestants generate and train on answers of the same length. Each trains in a process of its own, in
+turns. docs/benchmarks.md says what is measured. Writes bench/results/grpo.json and the section `grpo` of
+bench/RESULTS.md; a trial (--tiny) is printed only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import per_second
+from bench.contestants import PLAIN, Contestant, tunery
+from bench.jobs import JOBS, ROWS, Job, Prepared, data_section, save_model, tiny
+from bench.sft import QUIET, ROOT, race
+
+LR, GROUP, PROMPTS, LONGEST, PROMPT_TOKENS = 1e-5, 8, 4, 64, 256
+WANTED = 200  # characters: what the reward likes best
+SOURCE = "datasets/llamafactory/alpaca_en_demo.json"
+
+
+class Prompts(Prepared):
+    """`lengths`: tokens of each prompt."""
+
+    def spec(self) -> dict[str, Any]:
+        spec = super().spec()
+        spec["job"] |= {"lr": LR, "group": GROUP, "longest": LONGEST, "wanted": WANTED}
+        return spec | {"sections": {
+            "objective": "grpo", "rewards": [{"kind": "length", "unit": "characters", "target": WANTED}],
+            "rollout": {"group": GROUP, "max_new_tokens": LONGEST},
+        }}  # fmt: skip
+
+
+def contestants() -> list[Contestant]:
+    """Tunery, TRL as it comes and at its best on a CPU."""
+    bf16 = {**PLAIN, "bf16": True}
+
+    def trl(name: str, about: str, precision: str, dtype: str, arguments: dict[str, Any]) -> Contestant:
+        return Contestant(f"trl-{name}", "trl_grpo", about, precision, {"dtype": dtype, "arguments": arguments}, False)
+
+    return [
+        tunery("bf16"),
+        tunery("fp32"),
+        trl("default-cpu", "as it comes, with use_cpu: bf16 autocast, checkpointing on", "bf16", "float32",
+            {"use_cpu": True}),
+        trl("fp32", "fp32, checkpointing off", "fp32", "float32", {**PLAIN, "bf16": False}),
+        trl("bf16", "bf16, checkpointing off", "bf16", "bfloat16", bf16),
+    ]  # fmt: skip
+
+
+def prepare(job: Job, assets: Path, folder: Path) -> Prompts:
+    """The model, and the first `job.rows` prompts of at most PROMPT_TOKENS tokens, as rows that both can read."""
+    from tunery.data.store import TokenStore
+    from tunery.job import load_job
+    from tunery.setup import read_data
+
+    folder.mkdir(parents=True)
+    save_model(job, assets, folder)
+    rows = json.loads((assets / SOURCE).read_text(encoding="utf-8"))
+    prompts = [
+        {"prompt": [{"role": "user", "content": "\n".join(filter(None, (row["instruction"], row["input"])))}]}
+        for row in rows
+    ]
+    path = folder / ROWS
+
+    def read(chosen: Sequence[Any]) -> TokenStore:
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        values = {"model": str(folder / "model"), "data": data_section(str(path), PROMPT_TOKENS)}
+        sections = {"objective": "grpo", "rewards": [{"kind": "length", "target": WANTED}]}
+        store = read_data(load_job({**values, **sections})).data.train
+        assert isinstance(store, TokenStore)
+        return store
+
+    store = read(prompts[: 2 * job.rows])
+    store = read([prompts[store.origin(number)[1] - 1] for number in range(job.rows)])
+    return Prompts(job, folder, [int(length) for length in store.lengths], [], 0.0)
+
+
+def summarise(prepared: Prompts, field_: Sequence[Contestant], runs: dict[str, Any]) -> dict[str, Any]:
+    """The job's facts and each contestant's figures."""
+    facts = {
+        "prompts": len(prepared.lengths), "a_step": prepared.job.batch_size, "group": GROUP, "longest": LONGEST,
+        "mean_prompt": sum(prepared.lengths) / len(prepared.lengths),
+    }  # fmt: skip
+    lines = per_second.summarise(field_, runs, prepared.job.batch_size * GROUP, LONGEST)
+    return {"job": facts, "rounds": len(runs[field_[0].name]), "contestants": lines}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    job = result["job"]
+    timed = job["prompts"] // job["a_step"] - per_second.WARMUP
+    said = (
+        f"{job['a_step']} prompts a step of {job['mean_prompt']:.0f} tokens on average, {job['group']} answers of "
+        f"up to {job['longest']} tokens to each; {timed} timed steps, {result['rounds']} "
+        f"round{'s' * (result['rounds'] > 1)}. tokens/s are those generated."
+    )
+    return "\n".join([said, "", *per_second.table(result["contestants"], "samples")])
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rivals", nargs="*", default=[""], help="beginnings of contestants' names")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help=f"of {PROMPTS} prompts each")
+    parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead (a trial)")
+    parser.add_argument("--python", default=sys.executable, help="the Python that the contestants are run with")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds until a run is given up")
+    parser.add_argument("--assets", default=os.environ.get("TUNERY_ASSETS") or ROOT.parent / "shared" / "assets")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    os.environ.update(QUIET)
+    from bench.results_page import described, save_result, write_section
+
+    job = tiny(JOBS["A"]) if options.tiny else JOBS["A"]
+    job = Job(
+        job.name, job.title, job.shape, rows=options.steps * PROMPTS, batch_size=PROMPTS, max_length=PROMPT_TOKENS
+    )
+    field_ = [
+        one
+        for one in contestants()
+        if one.name == "tunery-bf16" or any(one.name.startswith(word) for word in options.rivals)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(job, Path(options.assets), Path(folder) / "job")
+        result = summarise(prepared, field_, race(prepared, field_, options))
+    print(table(result))
+    if not options.tiny:
+        saved = json.loads(save_result("grpo", result).read_text(encoding="utf-8"))
+        write_section("grpo", f"## Reinforcement beside TRL\n\n{table(saved)}\n\n{described(saved)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Pairs or samples per second: what comes of races whose jobs are counted in them, and not in tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from bench.contestants import Contestant
+
+WARMUP = 2  # steps that are not timed
+
+
+def per_second(run: dict[str, Any], per_step: int) -> float:
+    """Of the steps after the warm-up, `per_step` each. Of a shorter run, all."""
+    timed = run["steps"][WARMUP:] or run["steps"]
+    return per_step * len(timed) / sum(step["seconds"] for step in timed)
+
+
+def summarise(
+    field_: Sequence[Contestant], runs: dict[str, Any], per_step: int, tokens_each: float
+) -> list[dict[str, Any]]:
+    """Figures of each contestant; `ratios`: the first one's (Tunery's) speed over its, round by round."""
+    lines = []
+    first = [per_second(run, per_step) if "error" not in run else None for run in runs[field_[0].name]]
+    for one in field_:
+        line: dict[str, Any] = {"name": one.name, "about": one.about, "precision": one.precision}
+        good = [run for run in runs[one.name] if "error" not in run]
+        if not good:
+            lines.append(line | {"error": runs[one.name][0]["error"]})
+            continue
+        speeds = [per_second(run, per_step) if "error" not in run else None for run in runs[one.name]]
+        middle = median(speed for speed in speeds if speed is not None)
+        losses = [step["loss"] for step in good[0]["steps"]]
+        lines.append(line | {
+            "per_second": middle, "tokens_per_second": middle * tokens_each, "rounds": speeds,
+            "ratios": [a / b for a, b in zip(first, speeds, strict=False) if a is not None and b is not None],
+            "peak_bytes": median(run["peak_bytes"] for run in good), "losses": losses,
+            "settings": good[0]["settings"], "load": max(run["load"] for run in good),
+        })  # fmt: skip
+    return lines
+
+
+def table(lines: Sequence[dict[str, Any]], unit: str) -> list[str]:
+    """Lines of Markdown."""
+    made = [
+        f"| contestant | settings | {unit}/s | tokens/s | Tunery is | peak memory | loss, first to last | load before "
+        "|",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for one in lines:
+        if "error" in one:
+            why = one["error"].replace("|", "/")
+            made.append(f"| {one['name']} | {one['about']} | did not run: {why} | | | | | |")
+            continue
+        made.append(
+            f"| {one['name']} | {one['about']} | {one['per_second']:.2f} | {one['tokens_per_second']:,.0f} | "
+            f"{spread(one['ratios'])} | {one['peak_bytes'] / 2**30:.2f} GiB | {one['losses'][0]:.4f} to "
+            f"{one['losses'][-1]:.4f} | {one['load']:.1f} |"
+        )
+    return made
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median, and of several rounds the lowest and the highest."""
+    if not ratios:
+        return ""
+    whole = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{median(ratios):.2f} x{whole}"
