@@ -55,6 +55,8 @@ def contestants(full: bool) -> list[Contestant]:
         _with("trl", "default-cpu", "as it comes, with use_cpu: fp32 weights, bf16 autocast, checkpointing on", "bf16",
               "float32", **CPU),
         _with("trl", "fp32", "fp32, checkpointing off", "fp32", "float32", **PLAIN, bf16=False),
+        _with("trl", "fp32-packed", "fp32, checkpointing off, packing (bfd) to the cut-off", "fp32", "float32", **PLAIN,
+              bf16=False, packing=True),
         _with("trl", "bf16", "bf16, checkpointing off", "bf16", base, **bf16),
         _with("trl", "bf16-grouped", "bf16, checkpointing off, group_by_length", "bf16", base, **bf16, **grouped),
         _with("trl", "bf16-packed", "bf16, checkpointing off, packing (bfd) to the cut-off", "bf16", base, **bf16,
@@ -63,10 +65,13 @@ def contestants(full: bool) -> list[Contestant]:
               padding_free=True, max_length=None),
         _with("trainer", "default", "as it comes: weights as stored (bf16), no autocast", "", None),
         _with("trainer", "fp32", "fp32", "fp32", "float32", **PLAIN),
+        _with("trainer", "fp32-grouped", "fp32, group_by_length", "fp32", "float32", **PLAIN, **grouped),
         _with("trainer", "bf16", "bf16", "bf16", base, **bf16),
         _with("trainer", "bf16-grouped", "bf16, group_by_length", "bf16", base, **bf16, **grouped),
         _with("llamafactory", "default", f"as it comes: {stored}, no autocast, checkpointing on", as_it_comes, None),
         _with("llamafactory", "fp32", "fp32, checkpointing off", "fp32", "float32", **factory),
+        _with("llamafactory", "fp32-packed", "fp32, checkpointing off, neat_packing to the cut-off", "fp32", "float32",
+              **factory, neat_packing=True),
         _with("llamafactory", "bf16", "use_cpu, bf16, checkpointing off", "bf16", None, **factory, bf16=True),
         _with("llamafactory", "bf16-packed", "use_cpu, bf16, checkpointing off, neat_packing to the cut-off", "bf16",
               None, **factory, bf16=True, neat_packing=True),
@@ -88,13 +93,13 @@ def chosen(full: bool, rivals: Sequence[str], precision: str | None) -> list[Con
     ]
 
 
-def ablation() -> list[Contestant]:
+def ablation(precision: str) -> list[Contestant]:
     """Tunery with everything on, and with one technique after the other switched off."""
     from tunery.kernels import KernelsConfig
 
     off = {"packing": ["train.packing=false"]}
     off |= {name: [f"kernels.{name}=reference"] for name in KernelsConfig.model_fields}
     off |= {"all kernels": ["kernels=reference"], "packing and kernels": ["train.packing=false", "kernels=reference"]}
-    return [tunery("bf16", "everything on")] + [
-        tunery("bf16", f"without {name}", overrides, " ".join(overrides)) for name, overrides in off.items()
+    return [tunery(precision, "everything on")] + [
+        tunery(precision, f"without {name}", overrides, " ".join(overrides)) for name, overrides in off.items()
     ]

@@ -2,10 +2,10 @@
 
     python -m bench.sft --job A|B|C|D|E|all [--rivals trl trainer] [--rounds 3] [--precision bf16|fp32]
                         [--python PYTHON] [--llamafactory PYTHON] [--assets FOLDER]
-    python -m bench.sft --ablate [--rounds 3]
+    python -m bench.sft --ablate [--rounds 3] [--precision bf16|fp32]
 
 Each contestant trains in a process of its own, in turns, `--rounds` times; all with two threads that do not spin.
-docs/benchmarks.md says what is measured and how. Writes bench/results/sft_JOB.json and the section `sft` of
+docs/benchmarks.md says what is measured and how. Writes bench/results/sft_JOB[_PRECISION].json and the section `sft` of
 bench/RESULTS.md; a trial (--tiny or --steps) is printed only."""
 
 from __future__ import annotations
@@ -95,11 +95,18 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     job = JOBS["A" if options.ablate else name]
     job = tiny(job) if options.tiny else job
-    field = ablation() if options.ablate else chosen(job.full, options.rivals, options.precision)
+    field = (
+        ablation(options.precision or "bf16") if options.ablate else chosen(job.full, options.rivals, options.precision)
+    )
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(job, Path(options.assets), Path(folder) / "job")
         print(f"job {name}: {job.title}; {sum(prepared.lengths):,} tokens in {len(prepared.lengths)} rows", flush=True)
         return summarise(prepared, field, race(prepared, field, options), options.steps)
+
+
+def result_name(name: str, options: argparse.Namespace) -> str:
+    """A race in one precision has a file of its own: machines differ in which of them they are fast in."""
+    return "_".join(filter(None, ["sft", name, options.precision]))
 
 
 def command(arguments: Sequence[str]) -> str:
@@ -118,7 +125,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=["all"],
         help="beginnings of their names (see docs/benchmarks.md); none: Tunery alone",
     )
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="these contestants only")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="these contestants only (of --ablate: bf16)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="stop every run after so many steps (a trial)")
     parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead (a trial)")
@@ -147,7 +154,7 @@ def main() -> None:
         result = measure(name, options)
         print(table(result), flush=True)
         if not (options.tiny or options.steps):
-            save_result(f"sft_{name}", {**result, "command": command(sys.argv[1:])})
+            save_result(result_name(name, options), {**result, "command": command(sys.argv[1:])})
             write_section("sft", page(ROOT / "bench" / "results"))
 
 

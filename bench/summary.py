@@ -107,8 +107,10 @@ def table(result: dict[str, Any]) -> str:
     job = result["job"]
     ablation = result["contestants"][0]["name"] == "everything on"
     peaks = " and ".join(f"{flops / 1e9:,.0f} in {name}" for name, flops in result["peak_flops"].items())
+    precisions = {one["precision"] for one in result["contestants"]} - {""}
+    title = f"### Job {job['name']}: {job['title']}" + f", in {min(precisions)}" * (len(precisions) == 1)
     lines = [
-        f"### Job {job['name']}: {job['title']}" + (", one technique after the other switched off" if ablation else ""),
+        title + (", one technique after the other switched off" if ablation else ""),
         "",
         f"{job['rows']} rows, {job['tokens']:,} tokens ({job['labelled']:,} trained on; the longest row "
         f"{job['longest']:,}), {job['flops_per_token'] / 1e6:,.0f} MFLOP a token; the machine's best is {peaks} "
