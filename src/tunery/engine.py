@@ -6,6 +6,7 @@ steps, and DistributedDataParallel average over ranks and insist on the same num
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -80,6 +81,9 @@ class Engine:
         # Numbers that are on the host anyway are exchanged there: through NCCL they would wait for the device.
         apart = self.world > 1 and dist.get_backend() != "gloo"
         self._hosts: Any = dist.new_group(backend="gloo") if apart else None
+        if self.world > 1:
+            atexit.unregister(self.leave)  # of an earlier run
+            atexit.register(self.leave)
 
     def _dtype(self, name: str) -> torch.dtype:
         if name == "auto":
@@ -170,9 +174,9 @@ class Engine:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def close(self) -> None:
-        """Leave the process group, if torchrun made one. Never waits for the others: one of them may have failed."""
-        if self.world > 1:
-            from accelerate import PartialState
-
-            PartialState().destroy_process_group()
+    @staticmethod
+    def leave() -> None:
+        """Leave the process group, if torchrun made one: at the end of the process, whose runs all use the same one, or
+        when this rank has failed. Never waits for the others."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

@@ -109,10 +109,12 @@ def run_job(job: Job, console: Any = None) -> Result:
             check_disk(run)
         with _make_report(run, console) as report:
             return train(run, report)
+    except BaseException:
+        engine.leave()  # those who wait for this rank would wait for long
+        raise
     finally:
         if read.rewards is not None:
             read.rewards.close()
-        engine.close()
 
 
 def train(run: Run, report: Report | NullReport) -> Result:

@@ -50,8 +50,9 @@ def probe(job: Job, read: Read, micro_tokens: int, rung: str, steps: int = STEPS
         train = run.job.train
         fell_to = None if train == asked else (run.cut.budget, train.checkpointing)
         return Measured([streams for streams, _ in done], [seconds for _, seconds in done], _peak(engine), fell_to)
-    finally:
-        engine.close()
+    except BaseException:
+        engine.leave()
+        raise
 
 
 def _step(run: Run, gate: Gate, step: int) -> tuple[list[int], float]:
