@@ -222,6 +222,12 @@ class HFGenerator:
                 raise ModelError(f"request {i + 1}: its prompt is empty, there is nothing to go on from")
         return prompts
 
+    def sync(self) -> None:
+        """Nothing to do: the model itself answers."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
     # ------------------------------------------------------------ rows and batches
 
     def _row(self, index: int, prompt: list[int], sampling: Sampling) -> _Row:

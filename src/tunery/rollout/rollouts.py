@@ -121,7 +121,8 @@ class Rollouts:
             self._made, self.groups = load_groups(folder / STATE)
 
     def close(self) -> None:
-        """End the processes of rewards, and the log."""
+        """End the generator, the processes of rewards, and the log."""
+        self.generator.close()
         self.rewards.close()
         self.log.close()
 
@@ -186,6 +187,7 @@ class Rollouts:
         try:
             prompts = {row: store.sequences(row)[0].ids for row in set(numbers.values())}
             requests = [Request(ids=prompts[row].tolist(), number=number) for number, row in numbers.items()]
+            self.generator.sync()
             with self.policy.autocast():  # frozen and trained parameters may differ in dtype
                 completions = {c.index: c for c in self.generator.generate(requests, sampling)}
             made = {
