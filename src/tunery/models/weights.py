@@ -23,10 +23,9 @@ def checkpoint_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     from transformers.core_model_loading import revert_weight_conversion
 
     causal = unwrap(model)
-    with torch.no_grad():
-        # transformers fuses some weights on loading (experts); what a conversion needs is in one layer.
-        for _, members in groupby(_plain(causal, "", set()), key=lambda item: _layer(item[0])):
-            yield from revert_weight_conversion(causal, dict(members)).items()
+    # transformers fuses some weights on loading (experts); what a conversion needs is in one layer.
+    for _, members in groupby(_plain(causal, "", set()), key=lambda item: _layer(item[0])):
+        yield from revert_weight_conversion(causal, dict(members)).items()
 
 
 def ties_apart(model: Any) -> bool:
@@ -87,13 +86,15 @@ def _merged(layer: Any) -> Iterator[nn.Module]:
     try:
         for parameter, data in own.items():
             parameter.data = data.to(torch.promote_types(data.dtype, torch.float32), copy=True)
-        for wrapper in wrappers:
-            wrapper.merge()
+        with torch.no_grad():  # not round the yield: whoever asks for the weights would be in it
+            for wrapper in wrappers:
+                wrapper.merge()
         yield base
     finally:
         for parameter, data in own.items():
             parameter.data = data.clone()
-        for wrapper in wrappers:  # what it computes is thrown away; that the layer knows itself unmerged is not
-            wrapper.unmerge()
+        with torch.no_grad():
+            for wrapper in wrappers:  # what it computes is thrown away; that the layer knows itself unmerged is not
+                wrapper.unmerge()
         for parameter, data in own.items():
             parameter.data = data
