@@ -1,4 +1,4 @@
-"""Oracle: HFGenerator, through a stand-in for vLLM 0.33.0 (stand_ins/vllm) whose weights are its own. No real engine."""
+"""Oracle: HFGenerator, through a stand-in for vLLM 0.33.0 (stand_ins/vllm) with weights of its own. No real engine."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_rollouts import OBJECTIVES, job, lines, logged, weights, write_prompts
 
 from processes import train, train_on_two_ranks
-from test_rollouts import OBJECTIVES, job, lines, logged, weights, write_prompts
 from tiny_runs import final_weights, losses
 from tunery.devices import this_device
 from tunery.errors import ConfigError, ModelError

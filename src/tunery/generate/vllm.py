@@ -6,9 +6,9 @@ has run it. What of vLLM is relied on:
 - `LLM(load_format="dummy")` makes an engine without reading weights, and the worker's `reload_weights` takes tensors
   under the names of the family's checkpoints. In one process (VLLM_ENABLE_V1_MULTIPROCESSING=0) they are handed over
   as they are, one layer at a time. `reset_prefix_cache` forgets what earlier weights made of the prompts.
-- Log-probabilities are "raw", of the logits before temperature, penalties, top-k and top-p; or "processed", after all of
-  them: what top-k and top-p leave is normalised anew. A Completion's are at the temperature and before top-k and top-p,
-  so one of the two has them wherever the temperature is 1 or nothing is left out, and neither elsewhere.
+- Log-probabilities are "raw", of the logits before temperature, penalties, top-k and top-p; or "processed", after all
+  of them: what top-k and top-p leave is normalised anew. A Completion's are at the temperature and before top-k and
+  top-p, so one of the two has them wherever the temperature is 1 or nothing is left out, and neither elsewhere.
 - A request's `seed` is of its own random numbers. Its logits are rounded by kernels that may choose another order for
   another batch, so unlike HFGenerator's an answer may depend on its neighbours by rounding.
 - With several ranks each has an engine of one device ("external_launcher": the ranks' process group and LOCAL_RANK are
@@ -88,8 +88,8 @@ class VLLMGenerator:
     `template` as HFGenerator's. `source`: the model as it is named, for its configuration and tokenizer; `dtype` of the
     engine's weights and arithmetic; `world`: the ranks, each of which makes an engine at the same time; `longest`: of
     prompt and answer together, in tokens; `memory`: the share of the device's that the engine takes; `sleeps`: it gives
-    that back after each `generate` and takes it again in `sync`. `mode`: of the log-probabilities (logprobs_mode), None:
-    Completions say none. Raises ModelError where the engine does not start."""
+    that back after each `generate` and takes it again in `sync`. `mode`: of the log-probabilities (logprobs_mode);
+    None: Completions say none. Raises ModelError where the engine does not start."""
 
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, template: Any, *, source: ModelConfig, dtype: torch.dtype,

@@ -3,7 +3,7 @@ engine/arg_utils.py, sampling_params.py, outputs.py, v1/worker/gpu_worker.py, v1
 platforms/__init__.py), on a transformers model of its own.
 
 Only a test's sys.path has it. It is as strict as the original where that matters: its weights are random until
-`reload_weights` brings them, under a checkpoint's names and in its shapes, and rounded to its own dtype; what was loaded
+`reload_weights` brings them, under a checkpoint's names and in its shapes, rounded to its own dtype; what was loaded
 and what its prefix cache remembers is gone after a sleep of level 2; log-probabilities are "raw" or "processed"; requests
 stop where SamplingParams says. Its random numbers are HFGenerator's for the same seed and number, so that both can be
 compared token for token, which no real engine would allow."""
@@ -113,8 +113,9 @@ class _Engine:
 
 class LLM:
     def __init__(
-        self, model: str, *, tokenizer: str | None = None, trust_remote_code: bool = False, tensor_parallel_size: int = 1,
-        dtype: str = "auto", revision: str | None = None, tokenizer_revision: str | None = None, seed: int = 0,
+        self, model: str, *, tokenizer: str | None = None, trust_remote_code: bool = False,
+        tensor_parallel_size: int = 1, dtype: str = "auto", revision: str | None = None,
+        tokenizer_revision: str | None = None, seed: int = 0,
         gpu_memory_utilization: float = 0.92, load_format: str = "auto", max_model_len: int | None = None,
         logprobs_mode: str = "raw_logprobs", generation_config: str = "auto", enable_sleep_mode: bool = False,
         distributed_executor_backend: str | None = None,
