@@ -175,6 +175,14 @@ def test_what_the_engine_holds_is_not_planned_for_training(tmp_path, changes, le
     assert for_training(device, made, read).memory == 1000
 
 
+def test_a_plan_says_what_the_engine_takes(tmp_path, stand_in):
+    made = job(tmp_path, rollout={"generator": "vllm", "vllm_memory": 0.5}, model={"dtype": "float32"})
+    alone = plan_job(job(tmp_path), device="t4")
+    plan = plan_job(made, device="t4")
+    assert plan.device_memory == alone.device_memory // 2
+    assert plan.notes[0] == "50% of the device's memory is vLLM's (rollout.vllm_memory) and not in what this has"
+
+
 def test_a_probe_would_take_the_engines_memory_for_trainings(tmp_path):
     with pytest.raises(ConfigError, match="--probe: cannot tell vLLM's memory"):
         plan_job(job(tmp_path, rollout={"generator": "vllm"}), probing=True)

@@ -4,9 +4,9 @@ platforms/__init__.py), on a transformers model of its own.
 
 Only a test's sys.path has it. It is as strict as the original where that matters: its weights are random until
 `reload_weights` brings them, under a checkpoint's names and in its shapes, rounded to its own dtype; what was loaded
-and what its prefix cache remembers is gone after a sleep of level 2; log-probabilities are "raw" or "processed"; requests
-stop where SamplingParams says. Its random numbers are HFGenerator's for the same seed and number, so that both can be
-compared token for token, which no real engine would allow."""
+and what its prefix cache remembers is gone after a sleep of level 2; log-probabilities are "raw" or "processed";
+requests stop where SamplingParams says. Its random numbers are HFGenerator's for the same seed and number, so that both
+can be compared token for token, which no real engine would allow."""
 
 from __future__ import annotations
 
