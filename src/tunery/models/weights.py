@@ -32,7 +32,7 @@ def ties_apart(model: Any) -> bool:
     """Whether input and output embeddings are one tensor by the model's configuration, and the adapter changes one of
     them: such a model is no checkpoint of its own configuration."""
     causal = unwrap(model)
-    if not causal.config.get_text_config().tie_word_embeddings:
+    if not getattr(causal.config.get_text_config(), "tie_word_embeddings", False):
         return False
     return any(_is_adapted(module) for module in (causal.get_input_embeddings(), causal.get_output_embeddings()))
 
