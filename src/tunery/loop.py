@@ -103,18 +103,29 @@ def run_job(job: Job, console: Any = None) -> Result:
             if console is not None:
                 read.data.report.print(console)
         run = set_up(job, engine, read, resume)
-        keep_reference(run, console if engine.is_main else None)
-        keep_frozen_states(run)
-        if engine.is_main:
-            check_disk(run)
-        with _make_report(run, console) as report:
-            return train(run, report)
+        with _closing(run):
+            keep_reference(run, console if engine.is_main else None)
+            keep_frozen_states(run)
+            if engine.is_main:
+                check_disk(run)
+            with _make_report(run, console) as report:
+                return train(run, report)
     except BaseException:
         engine.leave()  # those who wait for this rank would wait for long
         raise
     finally:
         if read.rewards is not None:
             read.rewards.close()
+
+
+@contextmanager
+def _closing(run: Run) -> Iterator[None]:
+    """Whatever happens in the block, what makes rollouts ends with it."""
+    try:
+        yield
+    finally:
+        if isinstance(run.loader, Rollouts):
+            run.loader.close()
 
 
 def train(run: Run, report: Report | NullReport) -> Result:

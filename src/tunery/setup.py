@@ -17,7 +17,7 @@ from tunery.data.dataset import Prepared, prepare
 from tunery.data.loader import Cut, Loader, StreamLoader
 from tunery.data.store import TokenStore
 from tunery.data.template import ChatTemplate, load_template
-from tunery.devices import this_device
+from tunery.devices import Device, this_device
 from tunery.diagnose import DataCounts
 from tunery.engine import Engine, check_dtype
 from tunery.errors import ConfigError, ModelError
@@ -38,7 +38,7 @@ from tunery.observe import put_back
 from tunery.plan.choose import choose
 from tunery.plan.work import AssumedRows
 from tunery.policy import CausalPolicy
-from tunery.rollout.build import check_rollouts, generates, make_rewards, make_rollouts
+from tunery.rollout.build import check_device, check_rollouts, generates, make_rewards, make_rollouts
 from tunery.rollout.rollouts import Rollouts
 from tunery.rollout.scoring import Rewards
 from tunery.run_folder import CONFIG, find_resume, versions
@@ -135,7 +135,7 @@ def _saved_cut(job: Job) -> tuple[int, str] | None:
 def _chosen_cut(job: Job, engine: Engine, read: Read | None) -> tuple[int, str]:
     """The same by plan, for the rank with the least memory."""
     job, rows = planned(job, read)
-    device = this_device(engine.device.type)
+    device = for_training(this_device(engine.device.type), job, read)
     memory = min(engine.gather(device.memory))
     if device.kind == "cpu":
         memory //= engine.world
@@ -153,6 +153,13 @@ def planned(job: Job, read: Read | None) -> tuple[Job, TokenStore | AssumedRows]
     longest = int(rows.lengths.max()) + job.rollout.max_new_tokens
     train = job.train.model_copy(update={"batch_size": answers})
     return job.model_copy(update={"train": train}), AssumedRows(answers, longest)
+
+
+def for_training(device: Device, job: Job, read: Read | None) -> Device:
+    """The device without the memory that a generator of rollouts takes for itself."""
+    if read is None or read.rewards is None:
+        return device
+    return replace(device, memory=int(device.memory * job.rollout.left))
 
 
 def bytes_to_write(model: Any, adapter: Any, keep: int) -> int:
@@ -384,6 +391,7 @@ def shares_prompts(job: Job, read: Read, policy: CausalPolicy, engine: Engine) -
 
 def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     """Build the run on data already read. Raises TuneryError."""
+    check_device(job, read.objective, engine)
     adapter = build("adapters", job.adapter)
     state = checkpoint.load_state(resume) if resume else {}
     job = resumed(job, state)

@@ -61,6 +61,12 @@ class Replay:
     def __init__(self, said: dict[tuple[int, ...], list[list[int]]], tokenizer):
         self.said, self.tokenizer = said, tokenizer
 
+    def sync(self):
+        """It has no weights."""
+
+    def close(self):
+        """It holds nothing."""
+
     def generate(self, requests, sampling):
         taken: dict[tuple[int, ...], int] = {}
         for request in requests:

@@ -42,3 +42,12 @@ class Generator(Protocol):
         """One Completion for each request, in the order they finish; `Completion.index` tells which.
         A request's answer depends on the request, its number and the sampling, not on its neighbours in a batch."""
         ...
+
+    def sync(self) -> None:
+        """Answer by the model's weights as they are now. To be called before `generate` wherever they may have changed.
+        Raises ModelError where a generator with weights of its own does not take them."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the generator holds besides the model. It answers nothing afterwards."""
+        ...

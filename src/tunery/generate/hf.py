@@ -18,8 +18,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from tunery.errors import ModelError
 from tunery.generate.base import Request, Sampling
 from tunery.generate.detokenize import TextStream, decode
+from tunery.generate.exchange import completion_of, context_of, ends_of, limit_of, numbers_of, prompts_of
 from tunery.models.parts import unwrap
-from tunery.types import Completion, Message
+from tunery.types import Completion
 
 MAX_ROWS = 256
 
@@ -156,8 +157,7 @@ class HFGenerator:
         self.template = template
         self.batch_tokens = batch_tokens
         self.logps = logps
-        ends: list[Any] = list(template.end_ids) if template is not None else [tokenizer.eos_token_id]
-        self.end_ids: set[int] = {token for token in ends if token is not None}
+        self.end_ids = ends_of(template, tokenizer)
         base = unwrap(model)
         accepted = inspect.signature(base.forward).parameters
         learned_prompt = any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values())
@@ -165,7 +165,7 @@ class HFGenerator:
         self.cached = "past_key_values" in accepted and not learned_prompt
         self.positions = "position_ids" in accepted
         self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self.context: int | None = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.context = context_of(base)
 
     # ------------------------------------------------------------ the two ways to ask
 
@@ -173,8 +173,7 @@ class HFGenerator:
         """Completions as their batches finish, longest prompts first (so that what does not fit shows at once).
         Raises ModelError naming the request for a prompt that does not fit the model's context."""
         asked = list(requests)
-        numbers = [i if request.number is None else request.number for i, request in enumerate(asked)]
-        rows = [self._row(i, ids, sampling) for i, ids in zip(numbers, self.prompts(asked), strict=True)]
+        rows = [self._row(i, ids, sampling) for i, ids in zip(numbers_of(asked), self.prompts(asked), strict=True)]
         pending = self._batches(rows)[::-1]
         while pending:
             rows = pending.pop()
@@ -212,28 +211,21 @@ class HFGenerator:
 
     def prompts(self, requests: Sequence[Request]) -> list[list[int]]:
         """The token ids each request is answered from. Raises ModelError where there is nothing to go on from."""
-        asked = [request for request in requests if request.ids is None]
-        if asked and self.template is None:
-            raise ModelError("messages need a chat template; this generator was made without one")
-        rendered = iter(self.template.prompts([(r.messages, r.tools) for r in asked]) if asked else [])
-        prompts = [next(rendered) if r.ids is None else [int(token) for token in r.ids] for r in requests]
-        for i, ids in enumerate(prompts):
-            if not ids:
-                raise ModelError(f"request {i + 1}: its prompt is empty, there is nothing to go on from")
-        return prompts
+        return prompts_of(requests, self.template)
+
+    def sync(self) -> None:
+        """Nothing to do: the model itself answers."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     # ------------------------------------------------------------ rows and batches
 
     def _row(self, index: int, prompt: list[int], sampling: Sampling) -> _Row:
-        room = sampling.max_new_tokens if self.context is None else self.context - len(prompt)
-        if room < 1:
-            raise ModelError(
-                f"request {index + 1}: its prompt of {len(prompt)} tokens fills the model's context of {self.context}"
-            )
         return _Row(
             index=index,
             prompt=prompt,
-            limit=min(sampling.max_new_tokens, room),
+            limit=limit_of(index, prompt, self.context, sampling),
             uniforms=np.random.default_rng([sampling.seed, index]),
             stream=TextStream(self.tokenizer) if sampling.stop else None,
         )
@@ -254,11 +246,7 @@ class HFGenerator:
         if row.stream is None:
             ended = row.finish == "stop"
             row.text = decode(self.tokenizer, row.ids[:-1] if ended else row.ids)
-        message = None
-        if self.template is not None:
-            cut = row.stream is not None and row.finish == "stop" and row.ids[-1] not in self.end_ids
-            message = Message("assistant", row.text) if cut else self.template.parse(row.ids)
-        return Completion(row.index, row.ids, row.text, row.finish, message, row.logps)
+        return completion_of(row.index, row.ids, row.text, row.finish, row.logps, self.template, self.end_ids)
 
     # ------------------------------------------------------------ the loop
 

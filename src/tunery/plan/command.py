@@ -15,7 +15,7 @@ from tunery.models.load import ModelConfig, load_config, resolve_name
 from tunery.plan.bill import Plan, corrected, make_plan, out_of_memory
 from tunery.plan.planner import Planner
 from tunery.probe import probe
-from tunery.setup import Read, check_job, planned, read_data
+from tunery.setup import Read, check_job, for_training, planned, read_data
 
 
 def plan_job(job: Job, device: str | None = None, probing: bool = False, console: Any = None) -> Plan:
@@ -32,10 +32,13 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
     if probing and world > 1:
         raise ConfigError(f"--probe: runs in one process; WORLD_SIZE is {world}, unset it")
     found = known_device(device) if device is not None else this_device()
+    if probing and job.rollout.generator == "vllm":
+        raise ConfigError("--probe: cannot tell vLLM's memory from training's; leave it out")
     read, note = read_rows(job, console)
     if probing and read is None:
         raise ConfigError(f"--probe: needs the rows ({note})")
     asked, rows = planned(job, read)
+    found = for_training(found, job, read)
     if found.kind == "cpu":
         found = replace(found, memory=found.memory // world)
     planner = Planner(asked, rows, found, world)
@@ -47,6 +50,9 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
     if read is not None and read.rewards is not None:
         read.rewards.close()
         plan.notes.insert(0, "answers are taken to be as long as they may be; the time to generate them comes on top")
+        if job.rollout.left < 1:
+            share = f"{job.rollout.vllm_memory:.0%} of the device's memory"
+            plan.notes.insert(0, f"{share} is vLLM's (rollout.vllm_memory) and not in what this has")
     if probing and read is not None:
         try:
             plan = corrected(plan, planner, probe(job, read, plan.micro_tokens, plan.checkpointing))

@@ -11,11 +11,13 @@ from tunery.data.loader import Cut
 from tunery.data.store import TokenStore
 from tunery.engine import Engine
 from tunery.errors import ConfigError
+from tunery.generate import vllm
+from tunery.generate.base import Generator
 from tunery.generate.hf import HFGenerator
 from tunery.job import Job
 from tunery.policy import CausalPolicy
 from tunery.rollout.log import RolloutLog
-from tunery.rollout.rollouts import Rollouts
+from tunery.rollout.rollouts import Rollouts, sampling_of
 from tunery.rollout.samples import make_answer
 from tunery.rollout.scoring import Rewards
 
@@ -43,6 +45,14 @@ def check_rollouts(job: Job, objective: Any) -> None:
         raise ConfigError(
             f"rollout.group: objective {kind} compares the answers to a prompt with one another and needs {least}"
         )
+    if rollout.generator == "vllm":
+        vllm.check(sampling_of(rollout), job.model.dtype)
+
+
+def check_device(job: Job, objective: Any, engine: Engine) -> None:
+    """Raises ConfigError where the generator does not run where the policy trains."""
+    if generates(objective) and job.rollout.generator == "vllm":
+        vllm.check_device(engine.device.type)
 
 
 def make_rewards(job: Job, data: Prepared) -> Rewards:
@@ -68,10 +78,26 @@ def make_rollouts(
     rollouts = math.ceil(train.epochs * len(data.train) / train.batch_size - 1e-9)
     total = train.max_steps or rollouts * steps_per_rollout
     policy.temperature = options.temperature
-    generator = HFGenerator(policy.model, tokenizer, template, batch_tokens=options.batch_tokens, logps=True)
+    generator = make_generator(job, data, policy, tokenizer, template, engine)
     made = Rollouts(
         options, data.train, data.train_examples, batch_size=train.batch_size, seed=train.seed, shuffle=train.shuffle,
         how=cut, objective=objective, policy=policy, generator=generator, rewards=rewards, engine=engine,
         log=RolloutLog(Path(job.output), options.shown, start, total),
     )  # fmt: skip
     return made, total
+
+
+def make_generator(
+    job: Job, data: Prepared, policy: CausalPolicy, tokenizer: Any, template: Any, engine: Engine
+) -> Generator:
+    """Of the policy's answers, with the probabilities of their tokens. Raises ModelError where vLLM does not start."""
+    options = job.rollout
+    if options.generator == "hf":
+        return HFGenerator(policy.model, tokenizer, template, batch_tokens=options.batch_tokens, logps=True)
+    stores = [store for store in (data.train, data.eval) if isinstance(store, TokenStore)]
+    longest = max(int(store.lengths.max()) for store in stores) + options.max_new_tokens
+    return vllm.VLLMGenerator(
+        policy.model, tokenizer, template, source=job.model, dtype=engine.dtype, world=engine.world, longest=longest,
+        memory=options.vllm_memory, sleeps=options.vllm_sleep, mode=vllm.logprobs_mode(sampling_of(options)),
+        seed=job.train.seed,
+    )  # fmt: skip

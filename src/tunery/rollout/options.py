@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from tunery.config import Config
@@ -23,5 +25,19 @@ class RolloutConfig(Config):
     mask_truncated: bool = Field(
         default=False, description="answers that did not end by themselves are not trained on (DAPO)"
     )
-    batch_tokens: int = Field(default=65536, ge=1, description="tokens of answers generated at a time")
+    generator: Literal["hf", "vllm"] = Field(
+        default="hf",
+        description="hf: the model that trains; vllm: an engine of its own beside it, which takes memory and is given "
+        "the weights before each rollout",
+    )
+    batch_tokens: int = Field(default=65536, ge=1, description="tokens of answers generated at a time, by hf")
+    vllm_memory: float = Field(
+        default=0.3, gt=0, lt=1, description="share of the device's memory that vllm takes, for weights and cache"
+    )
+    vllm_sleep: bool = Field(default=False, description="vllm gives its memory back while the policy trains")
     shown: int = Field(default=4, ge=0, description="answers of each batch that are kept in rollouts.jsonl")
+
+    @property
+    def left(self) -> float:
+        """The share of the device's memory that the generator leaves to training."""
+        return 1.0 - self.vllm_memory if self.generator == "vllm" and not self.vllm_sleep else 1.0

@@ -32,6 +32,14 @@ STATE = "rollout.pt"
 Group = list[Sample]
 
 
+def sampling_of(options: RolloutConfig, seed: int = 0) -> Sampling:
+    """How the answers of a rollout are sampled."""
+    return Sampling(
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+        top_k=options.top_k, seed=seed,
+    )  # fmt: skip
+
+
 class Rollouts:
     """A loader whose steps depend on the weights: `step(n)` must be asked for when the weights are those after n steps.
 
@@ -121,7 +129,8 @@ class Rollouts:
             self._made, self.groups = load_groups(folder / STATE)
 
     def close(self) -> None:
-        """End the processes of rewards, and the log."""
+        """End the generator, the processes of rewards, and the log."""
+        self.generator.close()
         self.rewards.close()
         self.log.close()
 
@@ -166,10 +175,7 @@ class Rollouts:
         """A group of scored samples for each of `rows`. Numbers of answers, and so their random numbers, are those of
         their place in the rollout and its `turn`."""
         options, size = self.options, self.options.group
-        sampling = Sampling(
-            max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
-            top_k=options.top_k, seed=int(np.random.SeedSequence([self.seed, rollout]).generate_state(1)[0]),
-        )  # fmt: skip
+        sampling = sampling_of(options, int(np.random.SeedSequence([self.seed, rollout]).generate_state(1)[0]))
         starts = [(turn * self.batch_size + place) * size for place in range(len(rows))]
         mine = range(self.engine.rank, len(rows), self.engine.world)
         numbers = {starts[place] + k: rows[place] for place in mine for k in range(size)}
@@ -186,6 +192,7 @@ class Rollouts:
         try:
             prompts = {row: store.sequences(row)[0].ids for row in set(numbers.values())}
             requests = [Request(ids=prompts[row].tolist(), number=number) for number, row in numbers.items()]
+            self.generator.sync()
             with self.policy.autocast():  # frozen and trained parameters may differ in dtype
                 completions = {c.index: c for c in self.generator.generate(requests, sampling)}
             made = {
