@@ -33,6 +33,13 @@ def prompt_and_answer(tokens: Tokens) -> tuple[list[int], list[int]]:
     return ids[: trained[0]], ids[trained[0] : trained[-1] + 1]
 
 
+def started(job: Job, engine: Engine) -> torch.nn.Module:
+    """The model as the job's run has it before its first step."""
+    model, _ = load_start(job, build("adapters", job.adapter), None, engine)
+    getattr(model, "get_base_model", lambda: model)().set_attn_implementation("sdpa")
+    return model
+
+
 def trained_by_trl(job: Job, folder: Path, loss: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Its log, and what trained. AdamW's epsilon is large, so that a gradient of rounding does not become a step."""
     trl = pytest.importorskip("trl")
@@ -57,12 +64,7 @@ def trained_by_trl(job: Job, folder: Path, loss: str) -> tuple[list[dict], dict[
         def _get_train_sampler(self, *_):
             return SequentialSampler(rows)
 
-    def start():
-        model, _ = load_start(job, build("adapters", job.adapter), None, engine)
-        getattr(model, "get_base_model", lambda: model)().set_attn_implementation("sdpa")
-        return model
-
-    model = start()
+    model = started(job, engine)
     arguments = trl.DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=STEPS,
         learning_rate=job.optimizer.lr, adam_epsilon=job.optimizer.eps, lr_scheduler_type="constant", weight_decay=0.0,
@@ -72,8 +74,8 @@ def trained_by_trl(job: Job, folder: Path, loss: str) -> tuple[list[dict], dict[
     )  # fmt: skip
     whole = job.adapter.kind == "full"
     trainer = Tokenised(
-        model=model, ref_model=start() if whole else None, args=arguments, train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(job.model),
+        model=model, ref_model=started(job, engine) if whole else None, args=arguments,
+        train_dataset=Dataset.from_list(rows), processing_class=load_tokenizer(job.model),
     )  # fmt: skip
     trainer.train()
     return trainer.state.log_history, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}

@@ -9,19 +9,18 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tunery import checkpoint
 from tunery.checkpoint import check_room, save_interval
-from tunery.data.loader import Cut, evaluation_steps
 from tunery.data.prefetch import Prefetcher
 from tunery.data.store import TokenStore
 from tunery.engine import Engine
 from tunery.errors import ModelError, TuneryError
-from tunery.evaluate.loss import evaluate
+from tunery.evaluate.held_out import held_out
 from tunery.evaluate.showcase import Showcase
 from tunery.export.verify import compare, probe_logits, probes
 from tunery.fallback import REHEARSED, explained, rehearse
@@ -140,7 +139,7 @@ def train(run: Run, report: Report | NullReport) -> Result:
     showcase = Showcase(run, report)
     showcase.before()
     if run.start == 0:
-        _evaluate(run, report, 0)
+        held_out(run, report, 0)
     model.train()
     if isinstance(run.loader, Rollouts):
         run.loader.log.say = report.say
@@ -165,11 +164,9 @@ def train(run: Run, report: Report | NullReport) -> Result:
 
             improved = False
             if evaluating:
-                held_out = _evaluate(run, report, step)
-                improved = held_out < best["loss"]
-                best = (
-                    {"step": step, "loss": held_out, "since": 0} if improved else {**best, "since": best["since"] + 1}
-                )
+                found = held_out(run, report, step)
+                improved = found < best["loss"]
+                best = {"step": step, "loss": found, "since": 0} if improved else {**best, "since": best["since"] + 1}
             enough = job.eval.patience is not None and best["since"] >= job.eval.patience
             if saving or enough or (improved and job.eval.best):
                 _save(run, report, step, best)
@@ -183,28 +180,6 @@ def train(run: Run, report: Report | NullReport) -> Result:
 
 
 # ---------------------------------------------------------------- around the steps
-
-
-def _evaluate(run: Run, report: Report | NullReport, step: int) -> float:
-    """Held-out loss by tokens over all ranks; infinity (never the best) without held-out rows."""
-    if run.data.eval is None:
-        return math.inf
-    if isinstance(run.loader, Rollouts):  # there is no loss to look at: what counts is the reward, upside down
-        figures = run.loader.evaluate(run.data.eval, run.data.eval_examples)
-        rewards = {name: value / weight for name, (value, weight) in figures.items() if weight}
-        report.evaluation(step, -rewards.get("reward", 0.0), rewards)
-        return -rewards.get("reward", 0.0)
-
-    def fall(how: Cut) -> None:
-        run.eval_tokens = how.budget
-        report.note(f"memory ran out in an evaluation; they go on with streams of {how.budget:,} tokens (same result)")
-
-    cut = replace(run.cut, budget=min(run.cut.budget, run.eval_tokens or run.cut.budget))
-    steps = evaluation_steps(run.data.eval, cut)
-    metrics = evaluate(run.objective, run.policy, run.model, steps, run.engine, fall)
-    loss = metrics.pop("loss")
-    report.evaluation(step, loss, metrics)
-    return loss
 
 
 def _save(run: Run, report: Report | NullReport, step: int, best: dict[str, Any]) -> None:

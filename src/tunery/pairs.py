@@ -24,9 +24,9 @@ def encode_pairs(examples: Sequence[Example], template: Any) -> list[list[Tokens
     """Each example's [chosen, rejected], or why it cannot be used.
 
     Trained are the turns in which the two differ: the assistant turns of the prompt have weight 0, those of the answers
-    their own (1 where it is None). Each answer is exactly one sequence; one that the template can only write as several
-    (it rewrites the earlier of several final turns) is refused. Where data.too_long is truncate, both keep the same
-    prompt. A number in Example.meta["margin"] is put into Tokens.extra["margin"] of both."""
+    their own (1 where it is None) and those of their spans. Each answer is exactly one sequence; one that the template
+    can only write as several (it rewrites the earlier of several final turns) is refused. Where data.too_long is
+    truncate, both keep the same prompt. A number in Example.meta["margin"] is put into both's Tokens.extra."""
     why = [_unfit(example) for example in examples]
     fit = [example for example, refused in zip(examples, why, strict=True) if refused is None]
     sides = template.encode_many([side for example in fit for side in _sides(example)])
@@ -88,6 +88,22 @@ def _pair(
         for tokens in pair:
             tokens.extra["margin"] = float(margin)
     return pair
+
+
+def without_spans(example: Example) -> Example:
+    """The example without weights of parts of its answers (Message.spans)."""
+    sides = (
+        None if side is None else [replace(m, spans=()) if m.spans else m for m in side]
+        for side in (example.messages, example.rejected)
+    )
+    messages, rejected = sides
+    return replace(example, messages=messages or [], rejected=rejected)
+
+
+def unused_spans(example: Example, objective: str) -> str | None:
+    """What is to be said of a row with such weights, where an objective judges answers as a whole."""
+    there = any(message.spans for message in [*example.messages, *(example.rejected or ())])
+    return f"rows with weights of parts of an answer, which objective {objective} does not use" if there else None
 
 
 # ---------------------------------------------------------------- pairs that are too long

@@ -171,7 +171,7 @@ class Report:
 
     def evaluation(self, step: int, eval_loss: float, metrics: Mapping[str, float] | None = None) -> None:
         """Record an evaluation after `step` (0: before training): the mean held-out loss over labelled tokens (of a run
-        that learns from rewards, the held-out reward with its sign turned), and further numbers. A second one at the
+        that is judged by rewards, the held-out reward with its sign turned), and further numbers. A second one at the
         same step takes the place of the first."""
         metrics = dict(metrics or {})
         if self.history.evaluation_at(step) is not None:

@@ -126,8 +126,9 @@ def windows(steps: Sequence[Step], log_every: int) -> list[list[Step]]:
 
 def of_likelihood(metrics: Iterable[str]) -> bool:
     """Whether a loss with these metrics beside it is a mean negative log-likelihood, which has a perplexity: those of
-    preference and reinforcement objectives report rewards."""
-    return not any(name.partition("/")[0] in ("reward", "rewards") for name in metrics)
+    preference and reinforcement objectives report rewards, and those that add something to it, or weigh it, report the
+    likelihood itself."""
+    return not any(name.partition("/")[0] in ("reward", "rewards", "nll") for name in metrics)
 
 
 def perplexity(loss: float) -> float:

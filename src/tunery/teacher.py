@@ -1,9 +1,11 @@
-"""The teacher of a distillation: another model with the same tokenizer, frozen, that runs beside the student.
+"""The teacher of a distillation: another model with the same tokenizer, frozen, that runs beside the student. It may be
+what a run left, an adapter on its own base.
 
-An objective whose `teacher` names a model gets one (setup.py); its logits come from `policy.teacher_logits`."""
+An objective whose `teacher` names one gets it (setup.py); its logits come from `policy.teacher_logits`."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,18 +15,29 @@ from tunery.errors import ModelError
 from tunery.job import Job
 from tunery.kernels.divergence import LazyLogits
 from tunery.models.fuse import fuse
-from tunery.models.load import ModelConfig, hook_attention, load_config, load_model, load_tokenizer
+from tunery.models.load import hook_attention, load_config, load_model, load_tokenizer
+from tunery.models.target import Target, is_reward_model, load_adapter, model_config, resolve_target
 from tunery.policy import CausalPolicy
 from tunery.types import Batch
 
 
-def teacher_of(job: Job) -> ModelConfig | None:
-    """The model that the job's objective learns from, loaded as the job's own is."""
+def teacher_of(job: Job) -> Target | None:
+    """The model that the job's objective learns from, found, to be loaded as the job's own is. Raises ModelError where
+    there is none of that name, or it scores answers and gives none."""
     name = getattr(job.objective, "teacher", None)
     own = job.model
     if name is None:
         return None
-    return ModelConfig(name=name, attention=own.attention, trust_remote_code=own.trust_remote_code)
+    try:
+        found = resolve_target(name)
+        trust = own.trust_remote_code or found.base.trust_remote_code
+        options = {"attention": own.attention, "trust_remote_code": trust}
+        found = replace(found, base=found.base.model_copy(update=options))
+        if is_reward_model(found):
+            raise ModelError(f"{name}: is a reward model, which scores answers and gives none")
+    except ModelError as error:
+        raise ModelError(f"objective.teacher: {error}") from None
+    return found
 
 
 class Teacher:
@@ -48,10 +61,12 @@ def load_teacher(job: Job, engine: Engine) -> Teacher | None:
     teacher = teacher_of(job)
     if teacher is None:
         return None
-    attention = None if teacher.attention == "auto" else teacher.attention
-    model: Any = load_model(teacher, engine.dtype, engine.device, attention)
-    if teacher.attention == "auto":
+    automatic = teacher.base.attention == "auto"
+    model: Any = load_model(teacher.base, engine.dtype, engine.device, None if automatic else teacher.base.attention)
+    if automatic:
         hook_attention(model, reference=job.kernels.attention == "reference")
+    if teacher.adapter is not None:
+        model = load_adapter(model, teacher.adapter)
     fuse(model, job.kernels, engine.dtype)
     return Teacher(CausalPolicy(model, dtype=engine.dtype, max_length=job.data.max_length))
 
@@ -62,7 +77,8 @@ def check_teacher(job: Job, tokenizer: Any) -> None:
     teacher = teacher_of(job)
     if teacher is None:
         return
-    theirs, size = load_tokenizer(teacher).get_vocab(), load_config(teacher).get_text_config().vocab_size
+    named = model_config(teacher.tokenizer, trust_remote_code=teacher.base.trust_remote_code)
+    theirs, size = load_tokenizer(named).get_vocab(), load_config(teacher.base).get_text_config().vocab_size
     ours = tokenizer.get_vocab()
     different = [token for token, number in sorted(ours.items(), key=_number) if theirs.get(token) != number]
     what = f"objective.teacher: {teacher.name} has another vocabulary than {job.model.name}"

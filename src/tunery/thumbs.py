@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunery.pairs import encode_pairs
+from tunery.pairs import encode_pairs, without_spans
 from tunery.types import Batch, Example, Refused, Tokens
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | float]]
@@ -22,7 +22,9 @@ LABEL = "label"
 
 def encode_thumbs(examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
     """Each example's sequence, or a pair's two (the wanted one first), or why it cannot be used. Trained is the last
-    assistant turn; of a pair, the turns in which the two differ."""
+    assistant turn; of a pair, the turns in which the two differ. A thumb is for an answer as a whole, so weights of its
+    parts are left out."""
+    examples = [without_spans(example) for example in examples]
     pairs = [example for example in examples if example.rejected is not None]
     single = [example for example in examples if example.rejected is None]
     why = [_unfit(example) for example in single]

@@ -31,9 +31,21 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """The characters start to end (the first one after) of an assistant turn's `field`, "content" or "reasoning", and
+    what the loss of their tokens is multiplied by, beside the turn's own weight."""
+
+    start: int
+    end: int
+    weight: float
+    field: str = "content"
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn. `role` is one of ROLES. `weight` scales the loss of an assistant turn (None means 1; 0 means
-    shown, not trained) and is meaningless for other roles. `reasoning` is the thinking that precedes `content`."""
+    shown, not trained) and is meaningless for other roles. `reasoning` is the thinking that precedes `content`.
+    `spans`: parts of an assistant turn that weigh more or less than its rest; no two of a field overlap."""
 
     role: str
     content: str
@@ -42,6 +54,7 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     reasoning: str | None = None
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(slots=True)

@@ -4,6 +4,8 @@ TRL's GKD loss, and the same numbers for every cut of a step."""
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from processes import job_file, train, train_on_two_ranks
 from tiny_models import random_sequences, tiny_model
-from tiny_runs import losses, model_folder, tiny_job
+from tiny_runs import final_weights, losses, model_folder, tiny_job, write_pairs
 from tunery.data.collate import collate
 from tunery.errors import ConfigError, ModelError
 from tunery.job import load_job
@@ -123,14 +126,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_run_comes_near_its_teacher_and_a_resumed_one_is_the_same(tmp_path):
     tiny_job(tmp_path)  # makes model and rows
-    teacher = model_folder(tmp_path / "teacher")
-    model = AutoModelForCausalLM.from_pretrained(teacher)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(teacher)
+    teacher = moved(model_folder(tmp_path / "teacher"))
     changes: dict[str, Any] = {
         "objective": {"kind": "distill", "teacher": str(teacher), "divergence": "jsd"}, "adapter": {"kind": "full"},
         "train": {"epochs": 3, "save_every": 4, "keep": None}, "eval": {"best": False},
@@ -210,3 +206,133 @@ def test_a_run_on_kept_log_probs(tmp_path):
     ))  # fmt: skip
     seen = losses(tmp_path / "run")
     assert seen[-1] < seen[0]
+
+
+# ------------------------------------------------------------ held-out prompts, teachers, ranks
+
+
+def moved(folder: Path, seed: int = 1) -> Path:
+    """The model of a folder, its weights moved: a teacher that does not think as the student does."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval_loss" in line]
+
+
+def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A job's sections."""
+    tiny_job(folder)  # makes model and rows
+    teacher = folder / "teacher"
+    if not teacher.is_dir():
+        moved(model_folder(teacher))
+    return {
+        "objective": {"kind": "distill", "teacher": str(teacher), "divergence": "reverse_kl", "on_policy": True},
+        "rollout": {"group": 1, "max_new_tokens": 6}, "adapter": {"kind": "full"},
+        "train": {"max_steps": 4, "batch_size": 7, "micro_tokens": 60}, "eval": {"every": 2}, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_held_out_prompts_are_answered_and_the_answers_compared_with_the_teacher(tmp_path):
+    """Before training: transformers' greedy answers, and KL(student || teacher) by its definition on their tokens."""
+    job = tiny_job(tmp_path, **on_policy(tmp_path))
+    run_job(job)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float64) for n in ("model", "teacher")]
+    total, count = 0.0, 0
+    read = read_data(job)
+    for number in range(6):
+        ids = torch.from_numpy(read.data.eval.sequences(number)[0].ids.astype(np.int64))[None]
+        made = models[0].generate(
+            ids, max_new_tokens=6, do_sample=False, eos_token_id=read.template.end_ids, pad_token_id=0
+        )
+        with torch.no_grad():
+            log_s, log_t = (model(made).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1) for model in models)
+        total += float((log_s.exp() * (log_s - log_t)).sum())
+        count += made.shape[1] - ids.shape[1]
+    seen = evaluations(tmp_path / "run")
+    assert seen[0]["eval_loss"] == pytest.approx(total / count, rel=1e-6) == seen[0]["divergence"]
+    assert [line["current_steps"] for line in seen] == [0, 2, 4] and "reward" not in seen[0]
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert "eval_perplexity" not in results
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "- held-out loss" in report and "- reward" not in report and "held-out reward" not in report
+    assert not list((tmp_path / "run").glob("*reward*.png")) and list((tmp_path / "run").glob("*eval*.png"))
+
+
+@pytest.mark.slow
+def test_the_best_step_is_the_nearest_to_the_teacher(tmp_path):
+    """A learning rate that leads away from the teacher again: the run ends with the weights that were nearest."""
+    changes = on_policy(
+        tmp_path, optimizer={"lr": 3e-2}, eval={"every": 1, "best": True, "patience": 3},
+        schedule={"kind": "constant", "warmup": 0}, train={"max_steps": 40, "batch_size": 8},
+    )  # fmt: skip
+    run_job(tiny_job(tmp_path, **changes))
+    seen = {line["current_steps"]: line["eval_loss"] for line in evaluations(tmp_path / "run")}
+    best = min((step for step in seen if step), key=lambda step: seen[step])
+    assert max(seen) < 40 and max(seen) == best + 3  # three evaluations without a better one
+    assert f"the run ends with the weights of step {best}" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_with_rewards_they_are_what_counts(tmp_path):
+    (tmp_path / "long.py").write_text(
+        "def long(completions, **_):\n    return [float(len(text)) for text in completions]\n"
+    )
+    changes = on_policy(tmp_path, rewards=[f"{tmp_path / 'long.py'}:long"], train={"max_steps": 1})
+    run_job(tiny_job(tmp_path, **changes))
+    for line in evaluations(tmp_path / "run"):
+        assert line["eval_loss"] == -line["reward"] and line["divergence"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True], ids=["answers of the data", "on_policy"])
+def test_two_ranks_take_the_same_steps_as_one(tmp_path, own):
+    changes = on_policy(tmp_path)
+    changes["objective"]["on_policy"] = own
+    path = job_file(tmp_path, **changes)
+    train(path, f"output={tmp_path / 'one'}")
+    status, text = train_on_two_ranks(path, f"output={tmp_path / 'two'}")
+    assert status == 0, text
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-10) and len(losses(one)) == 4
+    for mine, other in zip(evaluations(one), evaluations(two), strict=True):
+        assert mine["divergence"] > 1e-3
+        for name in ("eval_loss", "divergence", "nll"):
+            assert other[name] == pytest.approx(mine[name], rel=1e-10)
+    for name, weight in final_weights(one).items():
+        torch.testing.assert_close(final_weights(two)[name], weight, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_run_or_an_adapter_can_be_the_teacher(tmp_path):
+    """An adapter on its base teaches what the two merged would; a run of a reward model teaches nobody."""
+    from peft import AutoPeftModelForCausalLM
+
+    run_job(tiny_job(tmp_path, optimizer={"lr": 5e-2}, train={"max_steps": 6}, output=str(tmp_path / "lora")))
+    merged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora", dtype=torch.float64).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "model" / name, tmp_path / "merged" / name)
+    found = {}
+    for name in ("lora", "merged"):
+        objective = {"kind": "distill", "teacher": str(tmp_path / name)}
+        run_job(tiny_job(tmp_path, objective=objective, train={"max_steps": 3}, output=str(tmp_path / f"of {name}")))
+        found[name] = losses(tmp_path / f"of {name}")
+    assert found["lora"] == pytest.approx(found["merged"], rel=1e-5) and found["lora"][0] > 1e-3
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    run_job(tiny_job(
+        tmp_path, objective={"kind": "reward"}, data={"train": str(tmp_path / "pairs.jsonl"), "eval": None},
+        train={"max_steps": 1}, output=str(tmp_path / "reward"),
+    ))  # fmt: skip
+    for name, what in (("reward", "is a reward model"), ("nobody", "no such folder")):
+        with pytest.raises(ModelError, match=rf"objective\.teacher: .*{what}"):
+            run_job(tiny_job(tmp_path, objective={"kind": "distill", "teacher": str(tmp_path / name)}))

@@ -15,6 +15,7 @@ from typing import Any
 from tunery.data.codec import Codec
 from tunery.data.render import Renderer, RowRefused, to_dicts
 from tunery.data.shadow import CLOSE, OPEN, renamed
+from tunery.data.spans import Weighted, bounded, found_again
 from tunery.errors import TemplateError
 from tunery.types import Message
 
@@ -33,13 +34,14 @@ _WORD = re.compile(r"[A-Za-z0-9]+")
 class Turn:
     """One trained answer: its place among the messages, the text of its prompt, the text of the conversation up to
     and with it, and its loss weight. `untrained`: stretches of `upto` after the prompt (in characters) that the
-    template says the model does not write."""
+    template says the model does not write. `spans`: those whose tokens' weights are multiplied."""
 
     index: int
     prompt: str
     upto: str
     weight: float
     untrained: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[Weighted] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -178,6 +180,8 @@ class Drafter:
             self._check_answer(messages[i], turn.upto[len(prompt) : self._turn_end(turn, shadow)], f"message {i + 1}")
             if self.renderer.has_markers:
                 turn.untrained = self._untrained(rows[: i + 1], marked_tools, shadow, turn)
+            if messages[i].spans:
+                turn.spans = self._spans(messages[: i + 1], rows, marked_tools, shadow, turn, stop)
             if natural and (last or whole.text.startswith(upto[: self._turn_end(turn, shadow)])):
                 whole.turns.append(turn)
             elif train != "all" or last:
@@ -294,6 +298,25 @@ class Drafter:
                 return gaps
         return [*gaps, (start, end)]
 
+    def _spans(
+        self, messages: Sequence[Message], rows: list[dict[str, Any]], tools: Any, shadow: bool, turn: Turn, stop: str
+    ) -> list[Weighted]:
+        """Where the spans of the last of these messages are in the turn's `upto`: the turn is written again, with their
+        boundaries in the text."""
+        i = turn.index
+        spoken = [*messages[:i], bounded(messages[i])]
+        last = to_dicts(spoken)[i]
+        marked = [*rows[:i], self.codec.mark(last) if shadow else last]
+        upto = self._text(marked, tools, shadow, False)
+        if not upto.startswith(turn.prompt):
+            upto = self._as_inferred(spoken, i, marked, tools, turn.prompt, upto, shadow)
+        found = found_again(messages[i], upto + stop, turn.upto)
+        if found is None:
+            raise RowRefused(
+                "weights do not apply", f"the template does not write the weighted parts of message {i + 1} as they are"
+            )
+        return found
+
     # ------------------------------------------------------------ nothing is left out in silence
 
     def _check_answer(self, message: Message, answer: str, where: str) -> None:
@@ -327,7 +350,8 @@ def _trained(messages: Sequence[Message], train: str) -> list[int]:
         if not (message.content.strip() or message.tool_calls):
             raise RowRefused("empty answer", f"message {i + 1}")
     if train == "all":
-        return [i for i in answers if messages[i].weight is not None or i == len(messages) - 1]
+        weighed = [i for i in answers if messages[i].weight is not None or messages[i].spans]
+        return [i for i in answers if i in weighed or i == len(messages) - 1]
     if not wanted:
         raise RowRefused("nothing to train", "every assistant turn to train has weight 0")
     return wanted

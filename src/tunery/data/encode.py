@@ -14,6 +14,7 @@ import numpy as np
 from tunery.data.codec import Codec
 from tunery.data.drafts import Draft, Turn
 from tunery.data.render import RowRefused
+from tunery.data.spans import factors
 from tunery.types import Tokens
 
 LONGEST_HEADER = 200  # characters; longer text after a prompt's last control token is not worth remembering
@@ -84,17 +85,20 @@ class Encoder:
             detail = f"the template ends message {turn.index + 1} with no token to stop at"
             raise RowRefused("no end-of-turn token", detail)
         weights[start : end + 1] = turn.weight
-        if turn.untrained:
-            # Only where a template marks less than the whole turn: places of tokens are not needed otherwise.
-            for i, (a, b) in enumerate(self.codec.offsets(turn.upto, shadow)[: end + 1]):
-                if a < b and any(first < b and a < last for first, last in turn.untrained):
-                    weights[i] = 0.0
+        if not (turn.spans or turn.untrained):
+            return  # places of tokens are not needed
+        offsets = self.codec.offsets(turn.upto, shadow)[: end + 1]
+        if turn.spans:
+            weights[start : end + 1] *= factors(turn.upto, offsets, turn.spans)[start:]
+        for i, (a, b) in enumerate(offsets if turn.untrained else ()):
+            if a < b and any(first < b and a < last for first, last in turn.untrained):
+                weights[i] = 0.0
 
     def _own(self, turn: Turn, draft: Draft) -> Tokens:
         """The sequence of one answer as inference makes it: the prompt's tokens, then the rest tokenised after them."""
         whole, prompt = self.codec.encode([turn.upto, turn.prompt], draft.shadow)
         if whole[: len(prompt)] != prompt:
-            if turn.untrained:
+            if turn.untrained or turn.spans:
                 raise RowRefused("prompt and answer share a token", f"message {turn.index + 1}")
             whole = prompt + self._continuation(turn, whole, prompt, draft.shadow)
         weights = np.full(len(whole), draft.base, dtype=np.float32)

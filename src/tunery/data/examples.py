@@ -192,12 +192,14 @@ def to_dict(example: Example) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> Example:
     """The inverse of `to_dict`."""
-    from tunery.types import ToolCall
+    from tunery.types import Span, ToolCall
+
+    def message(item: dict[str, Any]) -> Message:
+        calls, spans = (ToolCall(**call) for call in item["tool_calls"]), (Span(**span) for span in item["spans"])
+        return Message(**{**item, "tool_calls": tuple(calls), "spans": tuple(spans)})
 
     def messages(items: list[dict[str, Any]] | None) -> list[Message] | None:
-        if items is None:
-            return None
-        return [Message(**{**m, "tool_calls": tuple(ToolCall(**call) for call in m["tool_calls"])}) for m in items]
+        return None if items is None else [message(item) for item in items]
 
     return Example(
         **{**values, "messages": messages(values["messages"]), "rejected": messages(values["rejected"])}  # type: ignore

@@ -34,7 +34,7 @@ from tunery.data.truncate import shorten
 from tunery.errors import ConfigError, DataError, TemplateError
 from tunery.types import Example, Message, Refused, Tokens
 
-ENCODER_VERSION = 1  # part of the fingerprint: raise it whenever the same row may give other tokens than before
+ENCODER_VERSION = 2  # part of the fingerprint: raise it whenever the same row may give other tokens than before
 TOO_LONG = ("drop", "truncate", "error")
 TRAIN = ("answers", "last", "all")
 _FOLDER = Path(__file__).parent / "templates"
@@ -193,8 +193,8 @@ class ChatTemplate:
     def encode_many(self, examples: Sequence[Example], train: str = "answers") -> list[list[Tokens] | Refused]:
         """Each example's training sequences, or why it cannot be used.
 
-        `train`: "answers" trains every assistant turn with its Message.weight (1 where None), "last" the last one
-        only, "all" every token of the conversation (an assistant turn's Message.weight still counts).
+        `train`: "answers" trains every assistant turn with its Message.weight (1 where None) and those of its spans,
+        "last" the last one only, "all" every token of the conversation (an assistant turn's weights still count).
         Raises DataError for a row over max_length when too_long is "error"."""
         if train not in TRAIN:
             raise ConfigError(f"train is {train!r}; it can be {', '.join(TRAIN)}")

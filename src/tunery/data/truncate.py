@@ -29,11 +29,9 @@ def shorten(messages: Sequence[Message], fits: Fits) -> list[Message] | None:
         places = [i for i, m in enumerate(kept) if m.role != "system" and (m.role == "assistant") is answers]
         for i in sorted(places, key=lambda i: -len(kept[i].content)):
             text = kept[i].content
-            trial = list(kept)
 
-            def shortened(n: int, i: int = i, text: str = text, trial: list[Message] = trial, cut=cut) -> list[Message]:
-                trial[i] = replace(trial[i], content=cut(text, n))
-                return trial
+            def shortened(n: int, i: int = i, kept: list[Message] = kept, cut=cut) -> list[Message]:
+                return [*kept[:i], _said_less(kept[i], cut(kept[i].content, n)), *kept[i + 1 :]]
 
             gone = _least(len(text) - 1, lambda n, shortened=shortened: fits(shortened(n)))
             if gone is not None:
@@ -54,6 +52,12 @@ def _least(most: int, good: Callable[[int], bool]) -> int | None:
         else:
             low = middle + 1
     return low
+
+
+def _said_less(message: Message, content: str) -> Message:
+    """The message with less content; spans of an answer, which loses its end, end where it does."""
+    spans = [replace(s, end=min(s.end, len(content))) if s.field == "content" else s for s in message.spans]
+    return replace(message, content=content, spans=tuple(s for s in spans if s.start < s.end))
 
 
 def _without_middle(text: str, n: int) -> str:

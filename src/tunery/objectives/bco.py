@@ -10,6 +10,7 @@ number. For pairs there is `dpo` with `loss: bco_pair` as well, which is the sam
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tunery.config import KindConfig
-from tunery.pairs import sequence_logps
+from tunery.pairs import sequence_logps, unused_spans
 from tunery.thumbs import LABEL, Metrics, count_sequences, encode_thumbs, thumb_metrics
 from tunery.types import Batch, Loss, Policy
 
@@ -39,6 +40,7 @@ class Objective:
     reference = True
 
     rows, weight = staticmethod(encode_thumbs), staticmethod(count_sequences)
+    unused = staticmethod(partial(unused_spans, objective="bco"))
 
     def __init__(self, config: Config):
         self.config = config

@@ -20,7 +20,8 @@ from tunery.types import Batch, Example, Loss, Policy, Refused, Sample, Tokens
 class Config(KindConfig):
     kind: str = "distill"
     teacher: str | None = Field(
-        default=None, description="the model to learn from, with the same tokenizer; a folder or a name"
+        default=None,
+        description="the model to learn from, with the same tokenizer: a run, adapter or model folder, or a hub name",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         default="forward_kl", description="KL(teacher || student), KL(student || teacher), or what lies between"

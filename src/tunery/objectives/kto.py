@@ -13,13 +13,14 @@ arXiv:2408.06266, its unpaired form). Losses are summed over answers; a step's w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from tunery.config import KindConfig
-from tunery.pairs import answer_lengths, sequence_logps
+from tunery.pairs import answer_lengths, sequence_logps, unused_spans
 from tunery.thumbs import LABEL, Metrics, count_sequences, encode_thumbs, mismatched, thumb_metrics
 from tunery.types import Batch, Loss, Policy
 
@@ -45,6 +46,7 @@ class Objective:
     reference = True
 
     rows, weight = staticmethod(encode_thumbs), staticmethod(count_sequences)
+    unused = staticmethod(partial(unused_spans, objective="kto"))
 
     def __init__(self, config: Config):
         self.config = config

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 
 from tunery.config import KindConfig
-from tunery.pairs import count_pairs, encode_pairs, split_pairs
-from tunery.types import Batch, Loss, Policy
+from tunery.pairs import count_pairs, encode_pairs, split_pairs, unused_spans, without_spans
+from tunery.types import Batch, Example, Loss, Policy, Refused, Tokens
 
 
 class Config(KindConfig):
@@ -28,10 +32,14 @@ class Objective:
     head = "score"
     pairs = True
 
-    rows, weight = staticmethod(encode_pairs), staticmethod(count_pairs)
+    weight = staticmethod(count_pairs)
+    unused = staticmethod(partial(unused_spans, objective="reward"))
 
     def __init__(self, config: Config):
         self.config = config
+
+    def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
+        return encode_pairs([without_spans(example) for example in examples], template)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         rewards_S = policy.values(batch, batch.ends_S)

@@ -17,17 +17,18 @@ from tunery.types import Batch
 
 
 def teacher_bytes(job: Job, dtype: torch.dtype) -> int:
-    """Of its weights in `dtype`, from its config.json; 0 for a job without one."""
+    """Of its weights in `dtype`, from its config.json, and of its adapter's file; 0 for a job without one."""
     teacher = teacher_of(job)
     if teacher is None:
         return 0
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(load_config(teacher))
+    config = copy.deepcopy(load_config(teacher.base))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = from_config(AutoModelForCausalLM, teacher, config, dtype=dtype)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+        model = from_config(AutoModelForCausalLM, teacher.base, config, dtype=dtype)
+    files = teacher.adapter.glob("adapter_model.*") if teacher.adapter is not None else ()
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + sum(f.stat().st_size for f in files)
 
 
 def in_its_place(policy: CausalPolicy) -> Callable[[Batch], LazyLogits]:

@@ -13,20 +13,24 @@ SAME = 1e-8  # rewards closer than this are equal
 
 
 def figures_of(groups: Sequence[Sequence[Sample]]) -> Figures:
-    """Mean reward, its deviation within groups, each reward's mean and deviation, the share of groups whose answers are
-    all worth the same, the answers' mean length in tokens and the share that was cut off."""
+    """The answers' mean length in tokens and the share that was cut off; and where there are rewards their mean, its
+    deviation within groups, each reward's mean and deviation, and the share of groups whose answers are all worth the
+    same."""
     samples = [sample for group in groups for sample in group]
     figures = scores_of(samples)
-    judged = [_rewards(group) for group in groups]
-    figures["reward_std"] = _mean([float(r.std(ddof=1)) for r in judged if len(r) > 1])
-    figures["frac_reward_zero_std"] = _mean([float(is_equal(group)) for group in groups if len(group) > 1])
+    if figures:
+        judged = [_rewards(group) for group in groups]
+        figures["reward_std"] = _mean([float(r.std(ddof=1)) for r in judged if len(r) > 1])
+        figures["frac_reward_zero_std"] = _mean([float(is_equal(group)) for group in groups if len(group) > 1])
     figures["completions/mean_length"] = _mean([float(len(s.answer.ids)) for s in samples])
     figures["completions/clipped_ratio"] = _mean([float(s.answer.finish == "length") for s in samples])
     return figures
 
 
 def scores_of(samples: Sequence[Sample]) -> Figures:
-    """The mean of the rewards' sum, and each reward's mean and deviation."""
+    """The mean of the rewards' sum, and each reward's mean and deviation; nothing where no reward was asked."""
+    if not any(sample.rewards for sample in samples):
+        return {}
     figures = {"reward": _mean([s.reward for s in samples if s.reward is not None])}
     for name in dict.fromkeys(name for sample in samples for name in sample.rewards):
         values = np.array([s.rewards[name] for s in samples if s.rewards[name] is not None], dtype=np.float64)

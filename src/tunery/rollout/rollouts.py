@@ -21,7 +21,7 @@ from tunery.errors import TuneryError
 from tunery.generate.base import Generator, Request, Sampling
 from tunery.objectives._generated import places
 from tunery.policy import CausalPolicy
-from tunery.rollout.figures import Figures, figures_of, is_equal, scores_of
+from tunery.rollout.figures import Figures, figures_of, is_equal
 from tunery.rollout.log import RolloutLog
 from tunery.rollout.options import RolloutConfig
 from tunery.rollout.samples import load_groups, make_sample, runs, save_groups
@@ -111,12 +111,12 @@ class Rollouts:
         figures, self._figures = self._figures, {}
         return figures if self.engine.is_main else {}
 
-    def evaluate(self, store: TokenStore, examples: Sequence[Example]) -> Figures:
-        """The rewards of the likeliest answer to each of these prompts, over all ranks."""
+    def answered(self, store: TokenStore, examples: Sequence[Example]) -> list[Sample]:
+        """The likeliest answer to each of these prompts, scored: those of all ranks, on every rank."""
         sampling = Sampling(max_new_tokens=self.options.max_new_tokens)
         mine = {row: row for row in range(self.engine.rank, len(store), self.engine.world)}
         samples = self._together(store, examples, mine, sampling)
-        return scores_of([samples[row] for row in range(len(store))])
+        return [samples[row] for row in range(len(store))]
 
     def save(self, folder: Path, step: int) -> None:
         """Beside a checkpoint after `step` steps: the rollout, where further steps are made of it."""

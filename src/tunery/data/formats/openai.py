@@ -8,6 +8,7 @@
 A message has role (system, developer, user, assistant, tool, function), content (text, null beside tool calls, or a
 list of parts of type text, reasoning, tool_call, image_url, ...), and may have tool_calls, function_call,
 tool_call_id, name, reasoning_content, and weight (or loss_weight): what its loss is multiplied by, 0 to not train it.
+The text and reasoning parts of an assistant's content may have a weight each, which multiplies the message's.
 A pair may have a margin, by how much the chosen answer is better. Its meta["shared"] is the number of messages before
 the first chosen turn."""
 
@@ -29,7 +30,7 @@ from tunery.data.formats import (
     read_tools,
     shared_prefix,
 )
-from tunery.types import Example, Message, ToolCall
+from tunery.types import Example, Message, Span, ToolCall
 
 COLUMNS = {
     "messages": ("messages", "conversations", "conversation"),
@@ -142,8 +143,12 @@ def _message(item: Any, media: list[Any]) -> Message:
     calls = _calls(item.get("tool_calls"))
     if isinstance(item.get("function_call"), dict):
         calls.append(read_call(item["function_call"]))
+    spans: list[Span] = []
     if isinstance(content, list):
+        spans = _spans(content, role)
         content, thought, written = _parts(content, media)
+        if reasoning and thought:
+            raise RowError("bad content part", "a part of type reasoning, and reasoning_content beside the content")
         reasoning, calls = reasoning or thought, calls + written
     if content is None and (calls or reasoning):
         content = ""
@@ -160,6 +165,7 @@ def _message(item: Any, media: list[Any]) -> Message:
         tool_call_id=item.get("tool_call_id"),
         name=item.get("name"),
         reasoning=reasoning,
+        spans=tuple(spans),
     )
 
 
@@ -173,6 +179,7 @@ def _calls(value: Any) -> list[ToolCall]:
 
 
 def _weight(item: Mapping[str, Any]) -> float | None:
+    """The weight of a message, or of a part of its content."""
     value = item.get("weight", item.get("loss_weight"))
     if value is None:
         return None
@@ -181,18 +188,44 @@ def _weight(item: Mapping[str, Any]) -> float | None:
     return float(value)
 
 
+FIELDS = {"text": "content", "input_text": "content", "output_text": "content"} | {
+    "reasoning": "reasoning", "thinking": "reasoning",
+}  # fmt: skip
+
+
+def _part(part: Any) -> tuple[str, Any]:
+    """(type, value) of a part of a content."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise RowError("bad content part", f"{describe(part)}, expected an object with a type")
+    return kind, next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), None)
+
+
+def _spans(parts: list[Any], role: str) -> list[Span]:
+    """The parts with weights of their own, as spans of what `_parts` makes of all."""
+    spans, length = [], {"content": 0, "reasoning": 0}
+    for part in parts:
+        kind, value = _part(part)
+        field, weight = FIELDS.get(kind), _weight(part)
+        if weight is not None and role != "assistant":
+            raise RowError("bad weight", f"a part of a {role} message has one, and only an assistant's is trained")
+        if weight is not None and field is None:
+            raise RowError("bad weight", f"a part of type {kind} has one; it can be given for text and reasoning")
+        if field is None or not isinstance(value, str):
+            continue
+        start, length[field] = length[field], length[field] + len(value)
+        if weight is not None and value:
+            spans.append(Span(start, length[field], weight, field))
+    return spans
+
+
 def _parts(parts: list[Any], media: list[Any]) -> tuple[str | None, str | None, list[Any]]:
     """(text, reasoning, tool calls) of a content given in parts; images and the like are added to `media`."""
     texts, thoughts, calls, seen = [], [], [], False
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise RowError("bad content part", f"{describe(part)}, expected an object with a type")
-        value = next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), None)
-        if kind in ("text", "input_text", "output_text"):
-            texts.append(value)
-        elif kind in ("reasoning", "thinking"):
-            thoughts.append(value)
+        kind, value = _part(part)
+        if kind in FIELDS:
+            (texts if FIELDS[kind] == "content" else thoughts).append(value)
         elif kind == "tool_call":
             calls += read_calls(value) if isinstance(value, str) else [read_call(value)]
         elif kind.removesuffix("_url") in ("image", "video", "audio", "input_audio"):
