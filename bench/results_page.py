@@ -66,7 +66,8 @@ def stamp() -> dict[str, Any]:
 
 
 def without_paths(arguments: Sequence[str]) -> list[str]:
-    """A command's words as anyone would give them: with names for this machine's paths."""
+    """A command's words as anyone would give them: with names for this machine's paths, and of other files and folders
+    their own names alone."""
     places = {"--python": "PYTHON", "--llamafactory": "PYTHON", "--assets": "FOLDER"}
     words = list(arguments)
     for number, word in enumerate(words):
@@ -75,6 +76,8 @@ def without_paths(arguments: Sequence[str]) -> list[str]:
             words[number] = f"{name}={places[name]}"
         elif name in places and number + 1 < len(words):
             words[number + 1] = places[name]
+        elif word.startswith("/"):
+            words[number] = Path(word).name
     return words
 
 
