@@ -26,7 +26,9 @@ from tunery.job import Job, head_of, load_job
 from tunery.models.fuse import fuse
 from tunery.models.load import (
     ModelConfig,
+    base_source,
     hook_attention,
+    in_folder,
     load_config,
     load_tokenizer,
     resolve_name,
@@ -38,7 +40,7 @@ from tunery.observe import put_back
 from tunery.plan.choose import choose
 from tunery.plan.work import AssumedRows
 from tunery.policy import CausalPolicy
-from tunery.rollout.build import check_rollouts, generates, make_rewards, make_rollouts
+from tunery.rollout.build import check_rollouts, generates, load_rewards, make_rewards, make_rollouts
 from tunery.rollout.rollouts import Rollouts
 from tunery.rollout.scoring import Rewards
 from tunery.run_folder import CONFIG, find_resume, versions
@@ -92,8 +94,7 @@ class Run:
 
 def base_name(model: ModelConfig) -> str:
     """What an adapter is an adapter of: the weights folder it started from, or the model's name."""
-    start = model.init_from
-    return start if start and not (Path(start) / "adapter_config.json").is_file() else model.name
+    return base_source(model).name
 
 
 def save_tokenizer(run: Run, folder: Path) -> None:
@@ -201,7 +202,7 @@ def load_start(job: Job, adapter: Any, resume: Path | None, engine: Engine) -> t
 def _from_folder(model: ModelConfig, folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: holds neither an adapter (adapter_config.json) nor a model (config.json)")
-    return model.model_copy(update={"name": str(folder), "revision": None, "random_init": False})
+    return in_folder(model, folder)
 
 
 def _same_kind(base: ModelConfig, start: ModelConfig) -> None:
@@ -403,6 +404,7 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     share = shares_prompts(job, read, policy, engine)
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world, share)
     if read.rewards is not None:
+        policy.notes += load_rewards(job, read.rewards, model, adapter)
         loader, total = make_rollouts(
             job, read.data, read.objective, policy, read.tokenizer, read.template, read.rewards, engine, cut,
             state.get("step", 0),

@@ -33,7 +33,7 @@ from tunery.kernels import KernelsConfig
 from tunery.models.fuse import fuse
 from tunery.models.load import hook_attention
 from tunery.models.parts import unwrap
-from tunery.models.target import load_target
+from tunery.models.target import Target, load_target
 from tunery.pairs import encode_pairs
 from tunery.policy import CausalPolicy
 from tunery.types import Example, Message, Refused, Tokens
@@ -42,7 +42,8 @@ from tunery.types import Example, Message, Refused, Tokens
 class RewardModel:
     """A reward model ready to score: a run, adapter or model folder, or a hub name, also one that another program saved
     (transformers' sequence classification with one label). `dtype`, `device` and `template` as in load_target;
-    `batch_tokens` at once. Raises ModelError for a target that is none.
+    `batch_tokens` at once. `beside`: a language model in memory whose base weights it uses (load_target). Raises
+    ModelError for a target that is none.
 
     >>> RewardModel("runs/reward").score([[Message("user", "2 + 2?"), Message("assistant", "4")]])
     [1.73]
@@ -50,18 +51,22 @@ class RewardModel:
 
     def __init__(
         self,
-        target: str | Path,
+        target: str | Path | Target,
         *,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         template: str | None = None,
         batch_tokens: int = 16384,
+        beside: Any = None,
     ):
-        loaded = load_target(target, dtype=dtype, device=device, template=template, talks=True, scores=True)
+        loaded = load_target(
+            target, dtype=dtype, device=device, template=template, talks=True, scores=True, beside=beside
+        )
         self.target, self.template, self.tokenizer = loaded.target, loaded.template, loaded.tokenizer
         self.dtype: torch.dtype = loaded.model.dtype
         hook_attention(unwrap(loaded.model))
         fuse(loaded.model, KernelsConfig(), self.dtype)
+        loaded.model.requires_grad_(False)  # what PEFT disables for a moment, trains when it is enabled again
         self.policy = CausalPolicy(loaded.model, dtype=self.dtype)
         self.batch_tokens = batch_tokens
         text = self.policy.causal.config.get_text_config()
