@@ -288,3 +288,33 @@ def test_a_run_that_changes_its_base_says_so_and_scores_with_another(trained, ad
     talks = [[Message("user", s["prompt"][0]["content"]), Message("assistant", s["completion"])] for s in scored]
     found = RewardModel(trained / "reward", dtype="float32").score(talks)
     assert found == pytest.approx(rewards_of(trained / name), abs=1e-5)
+
+
+def test_a_plan_counts_what_is_its_own(place):
+    from tunery.plan.command import plan_job
+    from tunery.plan.rewards import reward_bytes
+
+    write_pairs(place / "pairs.jsonl", 4)
+    prompts = [{"messages": [json.loads(line)["prompt"][0]]} for line in (place / "pairs.jsonl").open()]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    adapter = (place / "reward/adapter_model.safetensors").stat().st_size
+    base = sum(
+        storages(load_with_head("score", ModelConfig(name=str(place / "model")), torch.float32, seed=0)).values()
+    )
+    buffers = 2 * 4 * 4  # rotary frequencies
+    assert reward_bytes(ppo(place, "x"), torch.float32) == adapter
+    assert reward_bytes(ppo(place, "x"), torch.bfloat16) == adapter
+    assert reward_bytes(ppo(place, "x", rewards=[]), torch.float32) == 0
+    own = adapter + base - buffers
+    for changes in (
+        {"adapter": {"kind": "lora", "init": "pissa"}},
+        {"adapter": "full"},
+        {"model": {"name": str(model_folder(place / "third"))}},
+    ):
+        assert reward_bytes(ppo(place, "x", **changes), torch.float32) == own
+    shared, alone = (
+        plan_job(ppo(place, "x", adapter={"kind": "lora", "rank": 4, "init": init}), "cpu")
+        for init in ("default", "pissa")
+    )
+    assert alone.memory.total - shared.memory.total == base - buffers
+    assert any("the reward models take" in note for note in shared.notes)

@@ -1,8 +1,8 @@
 """A reward model around a language model's own weights: what both have in common is in memory once.
 
-A second tree of modules is made on the meta device, and every parameter and buffer of its backbone is the very tensor of
-the language model. The modules are its own: an adapter, fast paths and modes of one model are nothing to the other, and
-what is saved or trained of one holds nothing of the other."""
+A second tree of modules is made on the meta device, and every parameter and buffer of its backbone is the very tensor
+of the language model. The modules are its own: an adapter, fast paths and modes of one model are nothing to the other,
+and what is saved or trained of one holds nothing of the other."""
 
 from __future__ import annotations
 

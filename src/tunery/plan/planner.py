@@ -153,7 +153,7 @@ class Planner:
 
     @property
     def _weights(self) -> int:
-        return self.shadow.weight_bytes + self.shadow.teacher_bytes
+        return self.shadow.weight_bytes + self.shadow.teacher_bytes + self.shadow.reward_bytes
 
     def _peaks(self, profile: Profile, stream: Stream, rung: str) -> list[Peak]:
         """Of one micro-batch. Offloaded are, as against the rung full, each layer's input but for two on their way."""
