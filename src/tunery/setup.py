@@ -404,7 +404,7 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     share = shares_prompts(job, read, policy, engine)
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world, share)
     if read.rewards is not None:
-        policy.notes += load_rewards(job, read.rewards, model, adapter)
+        policy.notes += load_rewards(job, read.rewards, model, adapter, read.tokenizer, read.template)
         loader, total = make_rollouts(
             job, read.data, read.objective, policy, read.tokenizer, read.template, read.rewards, engine, cut,
             state.get("step", 0),

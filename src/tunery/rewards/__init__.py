@@ -30,12 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What rewards stand beside: the policy's `model` (with its adapter), the `source` its base was loaded from, and
-    why what is in memory is not that any more (`changed`, the end of a sentence with "because"; None: it is)."""
+    """What rewards stand beside: the policy's `model` (with its adapter), the `source` its base was loaded from, why
+    what is in memory is not that any more (`changed`, the end of a sentence with "because"; None: it is), and its
+    `tokenizer` and `template`."""
 
     model: Any
     source: ModelConfig
     changed: str | None
+    tokenizer: Any = None
+    template: Any = None
 
 
 class RewardConfig(KindConfig):

@@ -59,7 +59,7 @@ def make_rewards(job: Job, data: Prepared) -> Rewards:
     return rewards
 
 
-def load_rewards(job: Job, rewards: Rewards, model: Any, adapter: Any) -> list[str]:
+def load_rewards(job: Job, rewards: Rewards, model: Any, adapter: Any, tokenizer: Any, template: Any) -> list[str]:
     """Load what is large of the rewards beside the policy's `model`, on its base weights where they are what they were
     loaded as and stay so; what is to be said of it. Raises ModelError."""
     changed = None
@@ -67,7 +67,7 @@ def load_rewards(job: Job, rewards: Rewards, model: Any, adapter: Any) -> list[s
         changed = f"adapter: {job.adapter.kind} trains the base itself"
     elif adapter.changes_base:
         changed = "PiSSA takes the adapter's start out of the policy's"
-    return rewards.load(Host(model, base_source(job.model), changed))
+    return rewards.load(Host(model, base_source(job.model), changed, tokenizer, template))
 
 
 def make_rollouts(
