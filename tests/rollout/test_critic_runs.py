@@ -92,6 +92,16 @@ def test_it_stands_on_the_policys_base_and_begins_as_it_with_values_of_0(tmp_pat
     assert logps.equal(run.policy.logps(batch)) and found.count_nonzero() == len(batch.labelled_N)
 
 
+def test_dropout_is_the_policys(tmp_path):
+    """On in training, off where a rollout is measured."""
+    run = stirred(started(tmp_path, adapter={"kind": "lora", "rank": 4, "dropout": 0.5}))
+    (batch,) = run.loader.step(0).micro
+    for training in (True, False):
+        run.model.train(training)
+        first, second = (run.policy.logps_and_values(batch)[1] for _ in range(2))
+        assert first.equal(second) != training
+
+
 def test_what_is_saved_is_a_model_of_its_own_and_the_adapter_has_nothing_of_it(tmp_path):
     run_job(job(tmp_path, **PPO))
     output = tmp_path / "run"
