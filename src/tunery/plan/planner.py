@@ -76,12 +76,15 @@ class Planner:
     """Answers about one job on one device, with micro-batches of up to `most` tokens. Nothing is loaded: the model is
     shapes. Raises ModelError and ConfigError for a model or an adapter that cannot be."""
 
+    models = 1  # that train beside one another, alike
+
     def __init__(self, job: Job, rows: Rows, device: Device, world: int = 1):
         self.job, self.rows, self.device, self.world = job, rows, device, world
         self.dtype = dtype_on(job.model.dtype, device)
         self.shadow = Shadow(job, self.dtype)
         self.objective = build("objectives", job.objective)
-        self.models = 2 if needs_critic(self.objective) else 1  # that train beside one another, alike
+        if needs_critic(self.objective):
+            self.models = 2
         self.note: str | None = None  # what is not as good as usual
         self.most = job.train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
         self.work = lru_cache(maxsize=None)(self._work)
