@@ -40,7 +40,7 @@ LAYERS = [
     ["rewards"],
     ["rollout"],
     ["run_folder"],
-    ["devices", "plan", "teacher"],
+    ["critic", "devices", "plan", "teacher"],
     ["setup"],
     ["evaluate"],
     ["step", "frozen", "reference"],

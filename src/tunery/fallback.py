@@ -101,6 +101,8 @@ def fall(run: Run, report: Report | NullReport, stream: int, longest: int, when:
     if lower.checkpointing != rung.checkpointing:
         try:
             recompute(run.model, lower.checkpointing)
+            if run.critic is not None:
+                run.critic.recompute(lower.checkpointing)
         except ModelError as error:  # its layers cannot be found
             raise _at_the_end(run, rung, stream, when) from error
     run.job = run.job.model_copy(update={"train": train.model_copy(update=asdict(lower))})

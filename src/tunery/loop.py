@@ -31,7 +31,6 @@ from tunery.guard import Gate
 from tunery.job import Job, head_of
 from tunery.models.score import load_with_head
 from tunery.models.target import load_adapter
-from tunery.models.value_head import load_value_head
 from tunery.observe import state_of
 from tunery.reference import drop_reference, keep_reference
 from tunery.report import NullReport, Report
@@ -212,8 +211,7 @@ def _finish(run: Run, report: Report | NullReport, showcase: Showcase, best: dic
         final = best["step"]
         folder = _checkpoint(run, final)
         run.adapter.load(run.model, folder)
-        if run.policy.value_head is not None:
-            load_value_head(run.policy.value_head, folder)
+        run.load_values(folder)
         report.note(f"the run ends with the weights of step {final}, where the evaluation loss was lowest")
     if run.engine.is_main:
         if not isinstance(run.data.train, TokenStore):  # of a stream they are known only now

@@ -69,6 +69,7 @@ class CausalPolicy:
         self.at_start: Callable[[], AbstractContextManager[None]] | None = None
         self.teacher: Callable[[Batch], LazyLogits] | None = None
         self.value_head: nn.Linear | None = None  # beside the model, once given (models/value_head.py)
+        self.critic: Callable[[Batch, bool], Tensor] | None = None  # or values of another, [N] (critic.py)
         self.device = next(model.parameters()).device
         native = self.device.type == "cpu" and compiled.ready()
         fast = partial(linear_cross_entropy.linear_token_losses, compiled=native)
@@ -118,7 +119,10 @@ class CausalPolicy:
         return _spread(batch, self._logps_of(self._hidden(batch)[rows], batch.targets_T[rows])[0])
 
     def logps_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`logps`, and what the value head makes of the same positions, [T] each, by one forward."""
+        """`logps`, and what the value head makes of the same positions, [T] each, by one forward; or the critic, by one
+        of its own."""
+        if self.critic is not None:
+            return self.logps(batch), _spread(batch, self.critic(batch, self.model.training))
         assert self.parts is not None and self.value_head is not None, "the objective does not say that it needs values"
         h_NH = self._hidden(batch)[batch.labelled_N]
         logps_N, _ = self._logps_of(h_NH, batch.targets_T[batch.labelled_N])

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tunery import guard
 from tunery.config import build
+from tunery.critic import give_values
 from tunery.engine import Engine
 from tunery.errors import TuneryError
 from tunery.job import load_job
-from tunery.models.value_head import make_value_head, needs_values
 from tunery.observe import put_back
 from tunery.policy import REFERENCE
 from tunery.reference import needs_reference, starting
@@ -36,8 +36,7 @@ def replay(folder: Path) -> Iterator[str]:
     policy.teacher = load_teacher(job, engine)
     objective, step = build("objectives", job.objective), record["step"]
     put_back(objective, record.get("objective"))
-    if needs_values(objective):
-        policy.value_head = make_value_head(policy.parts, engine.dtype, engine.device, folder)
+    give_values(job, objective, policy, engine, folder, resumed=True)
     if needs_reference(objective) and any(REFERENCE not in batch.extra for batches in ranks for batch in batches):
         policy.at_start = starting(job, engine, model, folder.parent, resumed=True)
     model.train()

@@ -4,6 +4,7 @@ data, and only then the model."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from tunery import checkpoint
 from tunery.config import build
+from tunery.critic import Critic, check_critic, give_values, trained_beside
 from tunery.data.dataset import Prepared, prepare
 from tunery.data.loader import Cut, Loader, StreamLoader
 from tunery.data.store import TokenStore
@@ -26,19 +28,28 @@ from tunery.job import Job, head_of, load_job
 from tunery.models.fuse import fuse
 from tunery.models.load import (
     ModelConfig,
+    base_source,
     hook_attention,
+    in_folder,
     load_config,
     load_tokenizer,
     resolve_name,
 )
 from tunery.models.recompute import recompute
 from tunery.models.score import agree_on_padding, fitting_config, load_with_head
-from tunery.models.value_head import make_value_head, needs_values, save_value_head
+from tunery.models.value_head import load_value_head, save_value_head
 from tunery.observe import put_back
 from tunery.plan.choose import choose
 from tunery.plan.work import AssumedRows
 from tunery.policy import CausalPolicy
-from tunery.rollout.build import check_device, check_rollouts, generates, make_rewards, make_rollouts
+from tunery.rollout.build import (
+    check_device,
+    check_rollouts,
+    generates,
+    load_rewards,
+    make_rewards,
+    make_rollouts,
+)
 from tunery.rollout.rollouts import Rollouts
 from tunery.rollout.scoring import Rewards
 from tunery.run_folder import CONFIG, find_resume, versions
@@ -72,6 +83,7 @@ class Run:
     state: dict[str, Any]
     versions: dict[str, str]
     eval_tokens: int | None = None  # of a stream in an evaluation, once memory ran out in one
+    critic: Critic | None = None
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -85,15 +97,24 @@ class Run:
         save_tokenizer(self, folder)
 
     def save_values(self, folder: Path) -> None:
-        """The value head, where there is one, in a file of its own: who serves the model needs none."""
+        """The value head, where there is one, in a file of its own, or the critic's adapter in a folder: who serves the
+        model needs none."""
         if self.policy.value_head is not None:
             save_value_head(self.policy.value_head, folder)
+        if self.critic is not None:
+            self.critic.save(folder)
+
+    def load_values(self, folder: Path) -> None:
+        """What `save_values` wrote there."""
+        if self.policy.value_head is not None:
+            load_value_head(self.policy.value_head, folder)
+        if self.critic is not None:
+            self.critic.load(folder)
 
 
 def base_name(model: ModelConfig) -> str:
     """What an adapter is an adapter of: the weights folder it started from, or the model's name."""
-    start = model.init_from
-    return start if start and not (Path(start) / "adapter_config.json").is_file() else model.name
+    return base_source(model).name
 
 
 def save_tokenizer(run: Run, folder: Path) -> None:
@@ -162,10 +183,11 @@ def for_training(device: Device, job: Job, read: Read | None) -> Device:
     return replace(device, memory=int(device.memory * job.rollout.left))
 
 
-def bytes_to_write(model: Any, adapter: Any, keep: int) -> int:
+def bytes_to_write(run: Run, keep: int) -> int:
     """What the checkpoints of a run take at most: weights, and two float32 moments for what trains."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) if adapter.whole else trained
+    trained = sum(p.numel() * p.element_size() for p in run.parameters)
+    whole = run.model.parameters() if run.adapter.whole else ()
+    weights = max(trained, sum(p.numel() * p.element_size() for p in whole))
     return (keep + 3) * (weights + 2 * trained)
 
 
@@ -208,7 +230,7 @@ def load_start(job: Job, adapter: Any, resume: Path | None, engine: Engine) -> t
 def _from_folder(model: ModelConfig, folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: holds neither an adapter (adapter_config.json) nor a model (config.json)")
-    return model.model_copy(update={"name": str(folder), "revision": None, "random_init": False})
+    return in_folder(model, folder)
 
 
 def _same_kind(base: ModelConfig, start: ModelConfig) -> None:
@@ -223,12 +245,12 @@ def _same_kind(base: ModelConfig, start: ModelConfig) -> None:
 
 
 def parameter_groups(
-    model: Any, adapter: Any, lr: float, weight_decay: float, value_head: torch.nn.Module | None = None
+    model: Any, adapter: Any, lr: float, weight_decay: float, beside: Mapping[str, torch.nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and decay. Biases, norms and other vectors are not decayed."""
+    """Trainable parameters, of the model and `beside` it, by learning rate and decay. Biases, norms and other vectors
+    are not decayed."""
     groups: dict[tuple[float, float], list[Any]] = {}
-    beside = [] if value_head is None else value_head.named_parameters("value_head")
-    for name, parameter in [*model.named_parameters(), *beside]:
+    for name, parameter in [*model.named_parameters(), *beside.items()]:
         if parameter.requires_grad:
             key = (lr * adapter.lr_scale(name), weight_decay if parameter.ndim >= 2 else 0.0)
             groups.setdefault(key, []).append(parameter)
@@ -310,6 +332,7 @@ def read_data(job: Job, console: Any = None) -> Read:
     objective = build("objectives", job.objective)
     check_rollouts(job, objective)
     check_teacher(job, tokenizer)
+    check_critic(job, objective)
     prepared = prepare(
         data, template, objective, seed=job.train.seed, cache_key=job.objective.model_dump_json(), console=console
     )
@@ -379,7 +402,8 @@ def shares_prompts(job: Job, read: Read, policy: CausalPolicy, engine: Engine) -
     unknown = job.data.streaming or getattr(read.objective, "generates", False)
     if not job.train.share_prompts or not (alike or unknown):
         return False
-    if all(engine.gather(policy.shares and (policy.teacher is None or policy.teacher.shares))):
+    both = policy.shares and (policy.teacher is None or policy.teacher.shares)
+    if all(engine.gather(both and (policy.critic is None or policy.critic.shares))):
         return True
     if alike and policy.packs:  # a model that does not pack has said so
         why = "NEFTune's noise depends on their lengths" if policy.neftune else "its layers look back in other ways"
@@ -404,13 +428,13 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     if policy.parts is not None and policy.parts.scalar:
         agree_on_padding(policy.causal, read.tokenizer, read.template)
     policy.teacher = load_teacher(job, engine)
-    if needs_values(read.objective):
-        start = Path(job.model.init_from) if job.model.init_from else None
-        policy.value_head = make_value_head(policy.parts, engine.dtype, engine.device, resume or start)
+    start = Path(job.model.init_from) if job.model.init_from else None
+    critic = give_values(job, read.objective, policy, engine, resume or start, resumed=resume is not None)
     assert job.train.micro_tokens is not None
     share = shares_prompts(job, read, policy, engine)
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world, share)
     if read.rewards is not None:
+        policy.notes += load_rewards(job, read.rewards, model, adapter, read.tokenizer, read.template)
         loader, total = make_rollouts(
             job, read.data, read.objective, policy, read.tokenizer, read.template, read.rewards, engine, cut,
             state.get("step", 0),
@@ -419,14 +443,15 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
             loader.load(resume)
     else:
         loader, total = make_loader(job, read.data, cut)
-    groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay, policy.value_head)
+    beside = trained_beside(policy, critic)
+    groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay, beside)
     optimizer = build("optimizers", job.optimizer, groups)
     if resume is not None:
         checkpoint.load_optimizer(resume, optimizer)
     return Run(
         job, engine, Path(job.output), read.tokenizer, read.template, read.data, read.objective, adapter, model,
         policy, optimizer, [group["lr"] for group in groups], loader, cut, total, base_dtype, resume,
-        state.get("step", 0), state, versions(),
+        state.get("step", 0), state, versions(), critic=critic,
     )  # fmt: skip
 
 
@@ -437,7 +462,7 @@ def check_disk(run: Run) -> None:
         / checkpoint.save_interval(run.job.train.save_every, run.loader.steps_per_epoch, run.total_steps)
     )
     keep = min(run.job.train.keep or written, written)
-    checkpoint.check_room(run.output, bytes_to_write(run.model, run.adapter, keep))
+    checkpoint.check_room(run.output, bytes_to_write(run, keep))
 
 
 def data_counts(run: Run) -> DataCounts:

@@ -272,8 +272,8 @@ class Policy(Protocol):
         ...
 
     def logps_and_values(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`logps`, and a number for each labelled position from a head beside the model (0 elsewhere), float32 [T]
-        each. For objectives that say so (`value_head = True`)."""
+        """`logps`, and a number for each labelled position from a head beside the model, or with an adapter of its own
+        (0 elsewhere), float32 [T] each. For objectives that say so (`value_head = True`, and `critic = True`)."""
         ...
 
     def values(self, batch: Batch, at: Tensor | None = None) -> Tensor:
@@ -288,6 +288,7 @@ class Objective(Protocol):
 
     reference = True       policy.reference_logps (reference.py)         head = "score"     a scalar head: policy.values
     value_head = True      policy.logps_and_values (ppo)                 its Config's teacher: policy.teacher_logits
+    critic = True          of these, values that share nothing with the policy but the base (critic.py)
     pairs = True           two answers a row, for those who show them    unused(example)    what of a row is left out
     generates = True       rows are prompts, steps are rollouts: judge, measure, least_group, needs_rewards (rollout/)
     observe, take_in, companions                                         numbers of a whole step (observe.py)

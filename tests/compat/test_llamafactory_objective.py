@@ -187,9 +187,20 @@ def test_ppo(monkeypatch):
     train = result.train  # its steps are rollouts of 16 prompts, each 6 optimizer steps
     assert (train.batch_size, train.max_steps, train.save_every, train.log_every) == (16, 60, 30, 6)
     assert result.schedule.warmup == 12
+    quiet = {"max_steps": 10, "logging_steps": 1}
     assert "reward_model: is required" in problem(stage="ppo")
+    merged = job(
+        stage="ppo", reward_model_type="full", reward_model="some/base", reward_model_adapters="runs/reward", **quiet
+    ).rewards  # type: ignore
+    assert [(reward.kind, reward.target) for reward in merged] == [("model", "runs/reward")]  # type: ignore
+    url = "http://localhost:8000/v1/score/evaluation"
+    (asked,) = job(stage="ppo", reward_model_type="api", reward_model=url, **quiet).rewards  # type: ignore
+    assert (asked.kind, asked.url, asked.protocol) == ("endpoint", url, "llamafactory")  # type: ignore
+    assert "reward_model: the server is asked" in notes(stage="ppo", reward_model_type="api", reward_model=url, **quiet)
+    for kind, model in (("api", "runs/reward"), ("lora", url), ("full", url)):
+        text = problem(stage="ppo", reward_model_type=kind, reward_model=model, **quiet)
+        assert "an address goes with api, and only it" in text
     for name, value in (
-        ("reward_model_type", "api"),
         ("do_sample", False),
         ("num_beams", 4),
         ("repetition_penalty", 1.1),

@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 
+from json_server import HTML, JsonServer
 from tunery.errors import ConfigError, RewardError
-from tunery.rewards import judge
+from tunery.rewards import _http, judge
 from tunery.types import Answer, Message
 
 
-class Server:
-    """Replies in order, the last one again and again: text, or a status."""
+class Server(JsonServer):
+    """Replies in order: text of the judge's, or what JsonServer replies otherwise."""
 
     def __init__(self, *replies):
-        self.replies, self.requests = list(replies), []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append((self.path, dict(self.headers), body))
-                reply = outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0]
-                if isinstance(reply, float):
-                    outer.waiting.wait(reply)
-                    reply = "Score: 1"
-                status, text = (reply, "not now") if isinstance(reply, int) else (200, reply)
-                message = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(json.dumps(message).encode() if text is not None else b"<html>")
-
-            def log_message(self, *args):
-                pass
-
-        self.waiting = threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}/v1/"
-
-    def close(self) -> None:
-        self.waiting.set()
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(*(
+            {"choices": [{"message": {"role": "assistant", "content": reply}}]} if isinstance(reply, str) else reply
+            for reply in replies
+        ))  # fmt: skip
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
     servers = []
 
     def start(*replies) -> Server:
@@ -65,7 +35,7 @@ def serve(monkeypatch):
 
 
 def ask(server: Server, *answers: Answer, **options):
-    config = judge.Config(url=server.url(), model="wise", **{"parallel": 1, **options})
+    config = judge.Config(url=server.url("/v1/"), model="wise", **{"parallel": 1, **options})
     return judge.Reward(config).score(answers or [answer()])
 
 
@@ -88,7 +58,7 @@ def test_the_last_score_counts_and_what_is_asked_is_all_there(serve, monkeypatch
 
 
 def test_a_busy_server_is_asked_again(serve):
-    server = serve(429, 503, None, "Score: 5")
+    server = serve(429, 503, HTML, "Score: 5")
     assert ask(server) == [0.5] and len(server.requests) == 4
 
 
@@ -119,7 +89,9 @@ def test_several_at_a_time_come_back_in_order(serve):
     assert ask(server, *[answer(str(i)) for i in range(20)], parallel=5, low=1, high=5) == [0.5] * 20
 
 
-@pytest.mark.parametrize("options", [{"low": 5, "high": 5}, {"prompt": "{nothing}"}, {"prompt": "{"}])
+@pytest.mark.parametrize(
+    "options", [{"low": 5, "high": 5}, {"prompt": "{nothing}"}, {"prompt": "{"}, {"url": "host:1"}]
+)
 def test_a_wrong_configuration_is_refused(options):
     with pytest.raises(ConfigError, match="rewards: judge"):
-        judge.Reward(judge.Config(url="http://localhost", model="m", **{"low": 0.0, **options}))
+        judge.Reward(judge.Config(**{"url": "http://localhost", "model": "m", "low": 0.0, **options}))

@@ -36,15 +36,24 @@ def rewards_section(o: Options) -> list[dict[str, Any]]:
     if not target:
         o.problems.append("reward_model: is required for stage: ppo")
         return []
+    if (kind == "api") != target.startswith(("http://", "https://")):
+        o.problems.append(
+            f"reward_model: {target!r} with reward_model_type: {kind}: an address goes with api, and only it"
+        )
+        return []
     if kind == "api":
-        o.refuse("reward_model_type", "a function of yours that asks it: rewards: [my_rewards.py:score]")
-    elif kind not in ("lora", "full"):
+        o.note(
+            "reward_model: the server is asked for each answer by itself, with the text that LLaMA-Factory sends, and "
+            "again where it is busy"
+        )
+        return [{"kind": "endpoint", "url": target, "protocol": "llamafactory"}]
+    if kind not in ("lora", "full"):
         o.problems.append(f"reward_model_type: unknown value {kind!r} (known: lora, full, api)")
     if len(adapters) > 1:
         o.refuse("reward_model_adapters", "merge all but the last with `tunery export`, then name the last")
     if kind == "full" and adapters:
         target = adapters[0]
-        o.note("reward_model: the base that its adapter names is loaded")
+        o.note("reward_model: the base that its adapter names is loaded, or the policy's used where it is the same")
     o.note(
         "reward_model: one that stage: rm trained here, or that transformers loads as sequence classification; the "
         "value head file that LLaMA-Factory writes is not read"

@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from tunery.kernels import KernelsConfig
 from tunery.models.fuse import fuse
 from tunery.models.load import hook_attention
 from tunery.models.parts import unwrap
-from tunery.models.target import load_target
+from tunery.models.target import Target, load_target
 from tunery.pairs import encode_pairs
 from tunery.policy import CausalPolicy
 from tunery.types import Example, Message, Refused, Tokens
@@ -42,7 +41,8 @@ from tunery.types import Example, Message, Refused, Tokens
 class RewardModel:
     """A reward model ready to score: a run, adapter or model folder, or a hub name, also one that another program saved
     (transformers' sequence classification with one label). `dtype`, `device` and `template` as in load_target;
-    `batch_tokens` at once. Raises ModelError for a target that is none.
+    `batch_tokens` at once. `beside`: a language model in memory whose base weights it uses (load_target). Raises
+    ModelError for a target that is none.
 
     >>> RewardModel("runs/reward").score([[Message("user", "2 + 2?"), Message("assistant", "4")]])
     [1.73]
@@ -50,18 +50,22 @@ class RewardModel:
 
     def __init__(
         self,
-        target: str | Path,
+        target: str | Path | Target,
         *,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         template: str | None = None,
         batch_tokens: int = 16384,
+        beside: Any = None,
     ):
-        loaded = load_target(target, dtype=dtype, device=device, template=template, talks=True, scores=True)
+        loaded = load_target(
+            target, dtype=dtype, device=device, template=template, talks=True, scores=True, beside=beside
+        )
         self.target, self.template, self.tokenizer = loaded.target, loaded.template, loaded.tokenizer
         self.dtype: torch.dtype = loaded.model.dtype
         hook_attention(unwrap(loaded.model))
         fuse(loaded.model, KernelsConfig(), self.dtype)
+        loaded.model.requires_grad_(False)  # what PEFT disables for a moment, trains when it is enabled again
         self.policy = CausalPolicy(loaded.model, dtype=self.dtype)
         self.batch_tokens = batch_tokens
         text = self.policy.causal.config.get_text_config()
@@ -93,40 +97,47 @@ class RewardModel:
             yield from zip(members, values.tolist(), strict=True)
 
     def encode(self, examples: Sequence[Example]) -> list[list[Tokens] | Refused]:
-        """What is to be scored of each example: [chosen, rejected] where it has a rejected answer, else [conversation],
-        in which the last answer alone has weights; or why it cannot be."""
-        rows: list[list[Tokens] | Refused] = [_unfit(e) or Refused("no answer") for e in examples]
-        whole = [i for i, e in enumerate(examples) if _unfit(e) is None and not e.rejected]
-        pairs = [i for i, e in enumerate(examples) if _unfit(e) is None and e.rejected]
-        encoded = self.template.encode_many([examples[i] for i in whole], train="last")
-        for i, row in zip(whole, encoded, strict=True):
-            if _is_empty(examples[i].messages[-1]):
-                rows[i] = [self._empty(examples[i])]
-            else:
-                rows[i] = row if isinstance(row, Refused) else row[-1:]
-        for i, row in zip(pairs, encode_pairs([examples[i] for i in pairs], self.template), strict=True):
-            rows[i] = row
+        """encode_scored by the model's own template, and within its context."""
+        rows = encode_scored(examples, self.template)
         return [row if isinstance(row, Refused) else self._within_context(row) for row in rows]
-
-    def _empty(self, example: Example) -> Tokens:
-        """An answer of nothing but its end, which is nothing to train on but may well be scored."""
-        prompt = self.template.prompt(example.messages[:-1], example.tools)
-        weights = np.repeat([0, 1], [len(prompt), len(self._end)]).astype(np.float32)
-        return Tokens(np.array([*prompt, *self._end], np.int32), weights)
-
-    @cached_property
-    def _end(self) -> list[int]:
-        """The tokens with which the template ends an answer."""
-        short = [Message("user", "?"), Message("assistant", "!")]
-        (tokens,) = self.template.encode(short, train="last")
-        answer = tokens.ids[len(self.template.prompt(short[:1])) :].tolist()
-        return [*itertools.dropwhile(lambda token: token not in self.template.end_ids, answer)]
 
     def _within_context(self, row: list[Tokens]) -> list[Tokens] | Refused:
         longest = max(map(len, row))
         if self.context is not None and longest > self.context:
             return Refused("too long", f"{longest} tokens; the model's context is {self.context}")
         return row
+
+
+def encode_scored(examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:
+    """What is to be scored of each example: [chosen, rejected] where it has a rejected answer, else [conversation], in
+    which the last answer alone has weights; or why it cannot be."""
+    rows: list[list[Tokens] | Refused] = [_unfit(e) or Refused("no answer") for e in examples]
+    whole = [i for i, e in enumerate(examples) if _unfit(e) is None and not e.rejected]
+    pairs = [i for i, e in enumerate(examples) if _unfit(e) is None and e.rejected]
+    encoded = template.encode_many([examples[i] for i in whole], train="last")
+    for i, row in zip(whole, encoded, strict=True):
+        if _is_empty(examples[i].messages[-1]):
+            rows[i] = [_empty(examples[i], template)]
+        else:
+            rows[i] = row if isinstance(row, Refused) else row[-1:]
+    for i, row in zip(pairs, encode_pairs([examples[i] for i in pairs], template), strict=True):
+        rows[i] = row
+    return rows
+
+
+def _empty(example: Example, template: Any) -> Tokens:
+    """An answer of nothing but its end, which is nothing to train on but may well be scored."""
+    prompt, end = template.prompt(example.messages[:-1], example.tools), _end(template)
+    weights = np.repeat([0, 1], [len(prompt), len(end)]).astype(np.float32)
+    return Tokens(np.array([*prompt, *end], np.int32), weights)
+
+
+def _end(template: Any) -> list[int]:
+    """The tokens with which a template ends an answer."""
+    short = [Message("user", "?"), Message("assistant", "!")]
+    (tokens,) = template.encode(short, train="last")
+    answer = tokens.ids[len(template.prompt(short[:1])) :].tolist()
+    return [*itertools.dropwhile(lambda token: token not in template.end_ids, answer)]
 
 
 def _unfit(example: Example) -> Refused | None:

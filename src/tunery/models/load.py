@@ -60,6 +60,17 @@ def resolve_name(name: str) -> str:
     return name
 
 
+def in_folder(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The model whose weights lie in `folder`, otherwise loaded as `model` is."""
+    return model.model_copy(update={"name": str(folder), "revision": None, "random_init": False})
+
+
+def base_source(model: ModelConfig) -> ModelConfig:
+    """The weights that an adapter is put on: of the weights folder it starts from, or the model's own."""
+    start = Path(model.init_from) if model.init_from else None
+    return model if start is None or (start / "adapter_config.json").is_file() else in_folder(model, start)
+
+
 # What a library's code may raise over a folder that contradicts itself, besides what is meant for people.
 _WRONG = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,

@@ -180,20 +180,20 @@ def load_target(
     template: str | None = None,
     talks: bool = False,
     scores: bool = False,
+    beside: Any = None,
 ) -> Loaded:
     """The target in memory, ready to generate; or to score, where a reward model is wanted (`scores`). `dtype` "auto"
     is bfloat16 on a GPU that has it, else float32; `device` "auto" is the GPU where there is one. `template` replaces
-    the one trained with. Raises ModelError, also where an adapter does not fit its base, or where the target is a
-    reward model and none is wanted, or none and one is; TemplateError, before the model loads, where it `talks` (is
-    asked in messages) and has no chat template."""
+    the one trained with. `beside`: a language model in memory on the same base, whose weights an adapter of a reward
+    model is put on instead of a copy; `dtype` and `device` are its. Raises ModelError, also where an adapter does not
+    fit its base, or where the target is a reward model and none is wanted, or none and one is, and as NotShared where
+    nothing can be put on the weights `beside`; TemplateError, before the model loads, where it `talks` (is asked in
+    messages) and has no chat template."""
     from tunery.data.template import load_template, named_templates
+    from tunery.models.shared_base import scorer_on
 
     found = target if isinstance(target, Target) else resolve_target(target)
-    if scores != is_reward_model(found):
-        what = "language model, which scores nothing; name a reward model (objective: reward makes one)"
-        if not scores:
-            what = "reward model, which scores answers and gives none (tunery generate --score)"
-        raise ModelError(f"{found.name}: is a {what}")
+    check_kind(found, scores)
     where = pick_device(device)
     tokenizer = load_tokenizer(model_config(found.tokenizer, trust_remote_code=found.base.trust_remote_code))
     chat = load_template(template or found.template, tokenizer, system=found.system)
@@ -202,10 +202,22 @@ def load_target(
             f"{found.name}: has no chat template. Choose one with --template NAME: a .jinja file, or one of "
             f"{', '.join(named_templates())} (the one the model was tuned with; for a base model, any)"
         )
-    model = load_base(found, pick_dtype(dtype, where), where)
+    if beside is not None:
+        model = scorer_on(beside, found.base)
+    else:
+        model = load_base(found, pick_dtype(dtype, where), where)
     if found.adapter is not None:
         model = load_adapter(model, found.adapter)
     return Loaded(model.eval(), tokenizer, chat, found)
+
+
+def check_kind(found: Target, scores: bool) -> None:
+    """Raises ModelError where a reward model is wanted (`scores`) and the target is none, or the other way round."""
+    if scores != is_reward_model(found):
+        what = "language model, which scores nothing; name a reward model (objective: reward makes one)"
+        if not scores:
+            what = "reward model, which scores answers and gives none (tunery generate --score)"
+        raise ModelError(f"{found.name}: is a {what}")
 
 
 def is_reward_model(found: Target) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,11 @@ class Config(KindConfig):
     kind: str = "ppo"
     clip_low: float = Field(0.2, gt=0, description="the ratio is clipped below 1 - this")
     clip_high: float | None = Field(None, gt=0, description="and above 1 + this; null: as clip_low")
+    value: Literal["shared", "separate"] = Field(
+        "shared",
+        description="a head on the policy's own hidden states; separate: an adapter of its own on the same base, for "
+        "adapter: lora",
+    )
     value_weight: float = Field(0.1, ge=0, description="weight of the value's loss")
     value_clip: float | None = Field(
         0.2, gt=0, description="the value is clipped so far from what it was when the rollout was made; null: not"
@@ -64,7 +69,8 @@ class Objective:
     (`whiten_advantages`). An answer that was cut off counts as ended.
 
     The value is a linear head on the policy's last hidden states (`value_head`), at the position that predicts the
-    token: one forward gives both, and the backbone's trained weights learn from both losses.
+    token: one forward gives both, and the backbone's trained weights learn from both losses. With `value: separate` the
+    head is on those of a second adapter on the same base (`critic`): two forwards, and no loss reaches both.
 
     All statistics (of whitening, of rewards, of the divergence) are those of whole rollouts, taken before it is cut.
     With `kl_target`, after each rollout beta is multiplied by 1 + clip(KL / target - 1, -0.2, 0.2) answers / horizon
@@ -76,6 +82,7 @@ class Objective:
     def __init__(self, config: Config):
         self.config = config
         self.reference = config.beta > 0
+        self.critic = config.value == "separate"
         self.high = config.clip_low if config.clip_high is None else config.clip_high
         self.beta = config.beta
         self.scores = Moments()

@@ -135,6 +135,10 @@ def _beside(planner: Planner, micro_tokens: int, rung: str) -> Beside:
             f"the teacher's weights take {human(planner.shadow.teacher_bytes)}B, and its forward about {seconds:.2g} s "
             "of each step (by its size)"
         )
+    if planner.models > 1:
+        beside.notes.append("the value's own adapter trains beside the policy's, and is taken to need as much as that")
+    if planner.shadow.reward_bytes:
+        beside.notes.append(f"the reward models take {human(planner.shadow.reward_bytes)}B of memory beside the policy")
     kept = frozen_states(planner, micro_tokens, rung)
     if isinstance(kept, str):
         beside.notes.append(f"every epoch runs the frozen layers, because {kept} (adapter.cache)")

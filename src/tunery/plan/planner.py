@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from tunery.config import build
+from tunery.critic import needs_critic
 from tunery.devices import Device
 from tunery.engine import DTYPES
 from tunery.flops import cost_of, flops_per_token
@@ -75,11 +76,15 @@ class Planner:
     """Answers about one job on one device, with micro-batches of up to `most` tokens. Nothing is loaded: the model is
     shapes. Raises ModelError and ConfigError for a model or an adapter that cannot be."""
 
+    models = 1  # that train beside one another, alike
+
     def __init__(self, job: Job, rows: Rows, device: Device, world: int = 1):
         self.job, self.rows, self.device, self.world = job, rows, device, world
         self.dtype = dtype_on(job.model.dtype, device)
         self.shadow = Shadow(job, self.dtype)
         self.objective = build("objectives", job.objective)
+        if needs_critic(self.objective):
+            self.models = 2
         self.note: str | None = None  # what is not as good as usual
         self.most = job.train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
         self.work = lru_cache(maxsize=None)(self._work)
@@ -127,7 +132,9 @@ class Planner:
 
     @cached_property
     def optimizer(self) -> tuple[int, int, Counter[Operation]]:
-        return optimizer_cost(self.job, self.shadow)
+        state, scratch, work = optimizer_cost(self.job, self.shadow)
+        both = Counter({operation: often * self.models for operation, often in work.items()})
+        return state * self.models, scratch * self.models, both
 
     # -------------------------------------------------------- memory
 
@@ -137,7 +144,7 @@ class Planner:
         profile = self.profile(work.largest, rung, work.accumulates)
         peaks = self._peaks(profile, work.largest, rung)
         state, scratch, _ = self.optimizer
-        peaks.append(Peak("update", self.shadow.gradient_bytes, 0, 0, scratch + self._exchange()))
+        peaks.append(Peak("update", self.models * self.shadow.gradient_bytes, 0, 0, scratch + self._exchange()))
         worst = max(peaks, key=lambda peak: peak.dynamic)
         slack = int(self.device.slack * (worst.activations + worst.logits + worst.temporaries))
         return Memory(
@@ -153,7 +160,8 @@ class Planner:
 
     @property
     def _weights(self) -> int:
-        return self.shadow.weight_bytes + self.shadow.teacher_bytes
+        shadow, trained = self.shadow, self.shadow.gradient_bytes  # as wide as its gradients
+        return shadow.weight_bytes + shadow.teacher_bytes + shadow.reward_bytes + (self.models - 1) * trained
 
     def _peaks(self, profile: Profile, stream: Stream, rung: str) -> list[Peak]:
         """Of one micro-batch. Offloaded are, as against the rung full, each layer's input but for two on their way."""
@@ -161,7 +169,10 @@ class Planner:
         if self._offloads(rung):
             away = max(0, self._inputs - 2) * stream.tokens * self.shadow.hidden_bytes
             peaks = [replace(peak, activations=max(0, peak.activations - away)) for peak in peaks]
-        return peaks
+        return [
+            replace(peak, gradients=self.models * peak.gradients, activations=self.models * peak.activations)
+            for peak in peaks
+        ]
 
     def _offloads(self, rung: str) -> bool:
         """A CPU has no other memory to put anything in."""
@@ -177,7 +188,7 @@ class Planner:
 
     def _exchange(self) -> int:
         """Gradients of several ranks are summed in one flat buffer."""
-        return self.shadow.gradient_bytes if self.world > 1 else 0
+        return self.models * self.shadow.gradient_bytes if self.world > 1 else 0
 
     # -------------------------------------------------------- time
 
@@ -192,15 +203,15 @@ class Planner:
         return sum(line.seconds(tokens) for tokens in streams) + self._time(self.optimizer[2])
 
     def _busy(self, profile: Profile, stream: Stream, rung: str, reading: bool = False) -> float:
-        """Seconds of one micro-batch. Layers' inputs go to the host beside the forward, and come back beside the
-        backward: whichever of both takes longer."""
+        """Seconds of one micro-batch, of all models that train. Layers' inputs go to the host beside the forward, and
+        come back beside the backward: whichever of both takes longer."""
         part = self._part(reading)
         products = profile.products(part)
         if not self._offloads(rung):
-            return self._time(profile.work(part), products)
+            return self.models * self._time(profile.work(part), products)
         copies = self._inputs * stream.tokens * self.shadow.hidden_bytes / self.device.rates.host
         forward = self._time(profile.work(lambda name: part(name) and not in_backward(name)), products)
-        return max(copies, forward) + max(copies, self._time(profile.work(in_backward)))
+        return self.models * (max(copies, forward) + max(copies, self._time(profile.work(in_backward))))
 
     def _part(self, reading: bool) -> Callable[[Hashable], bool]:
         """The spans that are run: `reading`, all but the forwards of layers without a backward, which are of kinds of

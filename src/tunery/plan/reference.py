@@ -33,7 +33,7 @@ def reference_cost(planner: Planner, micro_tokens: int, rung: str) -> ReferenceC
         return None
     job, work = planner.job, planner.work(micro_tokens)
     share = forward_share(planner.profile(work.largest, rung, work.accumulates))
-    forward = share * planner.seconds(micro_tokens, rung)
+    forward = share * planner.seconds(micro_tokens, rung) / planner.models
     generated = getattr(planner.objective, "generates", False)
     if job.data.streaming or generated or getattr(job.objective, "reference", "auto") == "live":
         copy = planner.shadow.gradient_bytes  # as many numbers as there are gradients, of the same width

@@ -30,6 +30,7 @@ from tunery.models.recompute import recompute
 from tunery.models.score import scorer_from_config
 from tunery.models.value_head import make_value_head, needs_values
 from tunery.plan.attention import standing_in
+from tunery.plan.rewards import reward_bytes
 from tunery.plan.teacher import in_its_place, teacher_bytes
 from tunery.policy import REFERENCE, CausalPolicy
 from tunery.types import Batch
@@ -98,6 +99,11 @@ class Shadow:
     def teacher_bytes(self) -> int:
         """Of the weights of the model that a distillation learns from."""
         return teacher_bytes(self.job, self.dtype)
+
+    @cached_property
+    def reward_bytes(self) -> int:
+        """Of the weights of reward models, as far as they are their own."""
+        return reward_bytes(self.job, self.dtype)
 
     @cached_property
     def gradient_bytes(self) -> int:

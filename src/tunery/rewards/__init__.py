@@ -6,20 +6,39 @@
         def score(self, answers) -> list[float | None]      one number for each answer; None: does not apply to it
 
 and may have `sandboxed = True`: it runs code or patterns of the user's, which may hang or crash, so it is called in a
-process of its own (rollout/sandbox.py); and `check(answers)`, which raises RewardError for rows it could never score.
+process of its own (rollout/sandbox.py); `check(answers)`, which raises RewardError for rows it could never score; and
+`load(host) -> list[str]`, called once before anything is scored, with the policy that it is to judge (Host): for what
+is large, and comes after all that can be wrong without it. It gives what a person should know of it.
 `name` of a reward in logs is its config's, or `name_of(config)` where the module has one,
 or the kind. A dotted kind is a module from outside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
 
 from tunery.config import KindConfig
 from tunery.errors import RewardError
 from tunery.types import Answer
+
+if TYPE_CHECKING:
+    from tunery.models.load import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What rewards stand beside: the policy's `model` (with its adapter), the `source` its base was loaded from, why
+    what is in memory is not that any more (`changed`, the end of a sentence with "because"; None: it is), and its
+    `tokenizer` and `template`."""
+
+    model: Any
+    source: ModelConfig
+    changed: str | None
+    tokenizer: Any = None
+    template: Any = None
 
 
 class RewardConfig(KindConfig):

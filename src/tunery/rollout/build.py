@@ -15,7 +15,9 @@ from tunery.generate import vllm
 from tunery.generate.base import Generator
 from tunery.generate.hf import HFGenerator
 from tunery.job import Job
+from tunery.models.load import base_source
 from tunery.policy import CausalPolicy
+from tunery.rewards import Host
 from tunery.rollout.log import RolloutLog
 from tunery.rollout.rollouts import Rollouts, sampling_of
 from tunery.rollout.samples import make_answer
@@ -65,6 +67,17 @@ def make_rewards(job: Job, data: Prepared) -> Rewards:
         rewards.close()
         raise
     return rewards
+
+
+def load_rewards(job: Job, rewards: Rewards, model: Any, adapter: Any, tokenizer: Any, template: Any) -> list[str]:
+    """Load what is large of the rewards beside the policy's `model`, on its base weights where they are what they were
+    loaded as and stay so; what is to be said of it. Raises ModelError."""
+    changed = None
+    if adapter.whole:
+        changed = f"adapter: {job.adapter.kind} trains the base itself"
+    elif adapter.changes_base:
+        changed = "PiSSA takes the adapter's start out of the policy's"
+    return rewards.load(Host(model, base_source(job.model), changed, tokenizer, template))
 
 
 def make_rollouts(

@@ -8,7 +8,7 @@ from typing import Any
 
 from tunery.config import build, load_kind
 from tunery.errors import RewardError
-from tunery.rewards import RewardConfig
+from tunery.rewards import Host, RewardConfig
 from tunery.rollout.sandbox import SandboxedReward
 from tunery.types import Answer, Sample
 
@@ -36,6 +36,14 @@ class Rewards:
         for reward in self._rewards.values():
             if isinstance(reward, SandboxedReward):
                 reward.start()
+
+    def load(self, host: Host) -> list[str]:
+        """Load what is large, beside the policy; what is to be said of it. Raises ModelError."""
+        notes: list[str] = []
+        for name, reward in self._rewards.items():
+            if hasattr(reward, "load"):
+                notes += [f"rewards: {name} {note}" for note in reward.load(host)]
+        return notes
 
     def check(self, answers: Sequence[Answer]) -> None:
         """Raises RewardError for rows that a reward could never score."""
