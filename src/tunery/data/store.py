@@ -135,9 +135,9 @@ class TokenStore:
         return TokenStore(self._arrays, self.files, numbers if self.index is None else self.index[numbers])
 
     def fingerprint(self) -> str:
-        """A BLAKE2b hash, in hex, of what training sees: the examples' ids, weights and boundaries, and what the objective
-        put beside them (labels, margins, a teacher's log-probs), in the order of this view. Where the rows came from and
-        how they are stored does not matter."""
+        """A BLAKE2b hash, in hex, of what training sees: the examples' ids, weights and boundaries, and what the
+        objective put beside them (labels, margins, a teacher's log-probs), in the order of this view. Where the rows
+        came from and how they are stored does not matter."""
         beside = sorted([*self.token_extra, *self.sequence_extra])
         parts = [hashlib.blake2b(digest_size=16) for _ in range(4)]  # one stream a field: blocks leave no trace
         parts += [hashlib.blake2b(name.encode(), digest_size=16) for name in beside]
