@@ -50,15 +50,18 @@ def _unfit(example: Example) -> Refused | None:
     """Why a row is no pair."""
     if example.text is not None:
         return Refused("wrong objective", "the row is plain text; objective: pretrain trains it")
-    if not _answers(example.rejected or ()):
-        return Refused("no rejected answer", "a preference pair has a chosen and a rejected answer to one prompt")
-    if not _answers(example.messages[prompt_length(example) :]):
-        return Refused("no chosen answer", "a preference pair has a chosen and a rejected answer to one prompt")
+    sides = {"rejected": example.rejected or [], "chosen": example.messages[prompt_length(example) :]}
+    for name, turns in sides.items():
+        if not any(message.role == "assistant" for message in turns):
+            return Refused(f"no {name} answer", "a preference pair has a chosen and a rejected answer to one prompt")
+    for name, turns in sides.items():
+        if turns[-1].role != "assistant":  # whose last token a reward model would score
+            return Refused(f"no {name} answer", f"the {name} side ends with a turn of the role {turns[-1].role}")
+    for name, turns in sides.items():
+        if turns[0].role != "assistant":
+            return Refused("different prompts", f"the sides differ before the {name} answer, in a turn of the role "
+                           f"{turns[0].role}; a pair has two answers to one prompt")  # fmt: skip
     return None
-
-
-def _answers(messages: Sequence[Message]) -> bool:
-    return any(message.role == "assistant" for message in messages)
 
 
 def _sides(example: Example) -> tuple[Example, Example]:

@@ -84,8 +84,8 @@ def _same_start(run: Run) -> None:
     if changed:
         raise ConfigError(
             f"train.resume: {run.resume} belongs to a run that started from other weights ({', '.join(changed)} "
-            f"differ), and the reference of objective {run.job.objective.kind} is what it started from; give the same as "
-            f"{saved}, or begin a new run at that checkpoint with model.init_from"
+            f"differ), and the reference of objective {run.job.objective.kind} is what it started from; give the same "
+            f"as {saved}, or begin a new run at that checkpoint with model.init_from"
         )
 
 
