@@ -223,3 +223,5 @@ def test_short_forms_of_rewards():
     assert load_job({"data": {"train": "x"}, "rewards": "pkg.mod:f"}).rewards[0].path == "pkg.mod:f"
     with pytest.raises(ConfigError, match="did you mean 'math'"):
         load_job({"data": {"train": "x"}, "rewards": "maths"})
+    with pytest.raises(ConfigError, match=r"rewards: .*mine.py says no function; write mine.py:name_of_the_function"):
+        load_job({"data": {"train": "x"}, "rewards": ["mine.py"]})
