@@ -118,7 +118,10 @@ def test_rows_that_are_no_pairs_are_refused_with_the_reason():
         "empty answer", "no chosen answer", "no rejected answer", "different prompts",
     ]  # fmt: skip
     assert "objective: pretrain" in refused[0].detail and "the rejected answer" in refused[5].detail
-    assert "ends with a turn of the role user" in refused[7].detail and "two answers to one" in refused[8].detail
+    assert (
+        "ends with a turn of the role user" in refused[7].detail
+        and "differ in a turn of the role user" in refused[8].detail
+    )
     assert len(made) == 2
 
 

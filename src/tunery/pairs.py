@@ -50,18 +50,21 @@ def _unfit(example: Example) -> Refused | None:
     """Why a row is no pair."""
     if example.text is not None:
         return Refused("wrong objective", "the row is plain text; objective: pretrain trains it")
-    sides = {"rejected": example.rejected or [], "chosen": example.messages[prompt_length(example) :]}
-    for name, turns in sides.items():
-        if not any(message.role == "assistant" for message in turns):
-            return Refused(f"no {name} answer", "a preference pair has a chosen and a rejected answer to one prompt")
-    for name, turns in sides.items():
-        if turns[-1].role != "assistant":  # whose last token a reward model would score
-            return Refused(f"no {name} answer", f"the {name} side ends with a turn of the role {turns[-1].role}")
-    for name, turns in sides.items():
-        if turns[0].role != "assistant":
-            return Refused("different prompts", f"the sides differ before the {name} answer, in a turn of the role "
-                           f"{turns[0].role}; a pair has two answers to one prompt")  # fmt: skip
+    rejected, chosen = example.rejected or [], example.messages[prompt_length(example) :]
+    if why := _no_answer(rejected):
+        return Refused("no rejected answer", why)
+    if why := _no_answer(chosen):
+        return Refused("no chosen answer", why)
+    if other := next((turns[0].role for turns in (rejected, chosen) if turns[0].role != "assistant"), None):
+        return Refused("different prompts", f"the sides differ in a turn of the role {other} before their answers")
     return None
+
+
+def _no_answer(turns: Sequence[Message]) -> str | None:
+    """Why one side of a pair is no answer. A reward model scores its last token, so that has to be an answer's."""
+    if not any(message.role == "assistant" for message in turns):
+        return "a preference pair has a chosen and a rejected answer to one prompt"
+    return None if turns[-1].role == "assistant" else f"it ends with a turn of the role {turns[-1].role}"
 
 
 def _sides(example: Example) -> tuple[Example, Example]:
