@@ -39,9 +39,13 @@ def train(path: Path, *overrides: str) -> str:
 
 def train_on_two_ranks(path: Path, *overrides: str) -> tuple[int, str]:
     """A run of two ranks on the CPU; returns its exit status and what it said."""
+    return run_on_two_ranks("-m", "tunery", "train", path, *overrides)
+
+
+def run_on_two_ranks(*words: object) -> tuple[int, str]:
+    """What torchrun makes of these words, on the CPU."""
     process = start(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_400 + os.getpid() % 500,
-        "-m", "tunery", "train", path, *overrides,
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_400 + os.getpid() % 500, *words
     )  # fmt: skip
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=240)
     return process.returncode, text

@@ -75,3 +75,20 @@ def test_equal_groups_at_the_end_of_success_are_a_note():
 def test_nothing_held_out_is_said():
     (found,) = diagnose_rewards(history(), DataCounts(read=100, used=100, prompts=True))
     assert found.kind == "no evaluation"
+
+
+def test_a_run_in_which_nothing_counts_says_so():
+    """Every answer cut off and left out; no reward that applies; and a distillation, which needs no reward."""
+    left_out, unscored, unrewarded = history(4), history(4), history(4)
+    for step in left_out.steps:
+        step.metrics["entropy"] = (0.0, 0.0)
+    for step in unscored.steps:
+        step.metrics |= {"reward": (0.0, 0.0), "rewards/mine/mean": (0.0, 0.0)}
+    for step in unrewarded.steps:
+        step.metrics["reward"] = (0.0, 0.0)
+    assert [kinds(found) for found in (left_out, unscored, unrewarded)] == [["nothing trained"]] * 2 + [[]]
+    left_out.steps[0].metrics["entropy"] = left_out.steps[1].metrics["entropy"] = (1.0, 8.0)
+    assert kinds(left_out) == []
+    for step in left_out.steps[1:]:
+        step.weight = 0.0
+    assert kinds(left_out) == ["nothing trained"]

@@ -107,14 +107,21 @@ def test_rows_that_are_no_pairs_are_refused_with_the_reason():
     rows = [
         Example(text="plain"), Example([user("q"), bot("a")]), pair(user("q"), rejected=[bot("b")]),
         pair(user("q"), bot("a"), rejected=[user("b")]), same, pair(user("q"), bot("a"), rejected=[bot(" ")]),
+        pair(user("q"), bot("a"), user("u"), rejected=[bot("b")], shared=1),
+        pair(user("q"), bot("a"), rejected=[bot("b"), user("u")]),
+        pair(user("q"), bot("a"), rejected=[user("p"), bot("b")], shared=0),
         pair(user("q"), bot("a"), rejected=[bot("b")]),
     ]  # fmt: skip
     *refused, made = encode_pairs(rows, template())
     assert [r.reason for r in refused] == [
         "wrong objective", "no rejected answer", "no chosen answer", "no rejected answer", "same answers",
-        "empty answer",
+        "empty answer", "no chosen answer", "no rejected answer", "different prompts",
     ]  # fmt: skip
-    assert "objective: pretrain" in refused[0].detail and "the rejected answer" in refused[-1].detail
+    assert "objective: pretrain" in refused[0].detail and "the rejected answer" in refused[5].detail
+    assert (
+        "ends with a turn of the role user" in refused[7].detail
+        and "differ in a turn of the role user" in refused[8].detail
+    )
     assert len(made) == 2
 
 

@@ -235,6 +235,21 @@ def test_a_resumed_run_may_take_the_other_way(tmp_path, monkeypatch):
     assert losses(cut.output) == pytest.approx(losses(whole.output), rel=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["live", "cached"])
+def test_a_checkpoint_of_a_run_that_started_elsewhere_is_refused(tmp_path, mode):
+    """Or the reference would be the base, silently. From the same start, another folder goes on as the first did."""
+    begun = {"init_from": first_adapter(tmp_path)}
+    train = {"save_every": 1, "keep": None}
+    whole = pair_job(tmp_path, mode, model=begun, train=train, eval={"best": False}, output=str(tmp_path / "whole"))
+    run_job(whole)
+    resumed = {**train, "resume": str(tmp_path / "whole" / "checkpoint-4")}
+    with pytest.raises(ConfigError, match=r"train\.resume.*started from other weights \(model\.init_from differ"):
+        run_job(pair_job(tmp_path, mode, train=resumed, eval={"best": False}, output=str(tmp_path / "other")))
+    same = pair_job(tmp_path, mode, model=begun, train=resumed, eval={"best": False}, output=str(tmp_path / "same"))
+    run_job(same)
+    assert losses(same.output) == losses(whole.output)[4:]
+
+
 def test_only_the_rows_to_come_are_asked_for_and_each_once(tmp_path):
     """A short run; and a weighted mix, which shows rows several times."""
     run = set_up_run(pair_job(tmp_path, "cached", train={"max_steps": 1, "batch_size": 6}))

@@ -28,6 +28,7 @@ def diagnose_rewards(history: History, counts: DataCounts | None = None) -> list
     found = [
         *(data_losses(counts) if counts else ()),
         generator_differs(steps),
+        nothing_counts(steps),
         equal_groups(steps),
         length_drift(steps),
         entropy_collapse(steps),
@@ -36,6 +37,29 @@ def diagnose_rewards(history: History, counts: DataCounts | None = None) -> list
         no_evaluation(history, counts),
     ]
     return [diagnosis for diagnosis in found if diagnosis is not None]
+
+
+def nothing_counts(steps: Sequence[Step]) -> Diagnosis | None:
+    """In more than half of the steps no token counted, because every answer was left out; or no reward ever applied."""
+    empty = [step for step in steps if not step.weight or not step.metrics.get(ENTROPY, (0.0, 1.0))[1]]
+    if steps and 2 * len(empty) > len(steps):
+        share = len(empty) / len(steps)
+        return Diagnosis(
+            "nothing trained",
+            f"In {share:.0%} of the steps every answer was left out, so nothing was learned (their loss is nan): those "
+            "that are cut off, with rollout.mask_truncated, or that no reward applies to. Raise "
+            f"rollout.max_new_tokens, or see what the rewards return. {READ}",
+            {"share": share},
+        )
+    rewards = [step.metrics[REWARD] for step in steps if REWARD in step.metrics]
+    scored = any(name.startswith("rewards/") for step in steps for name in step.metrics)
+    if scored and rewards and not any(weight for _, weight in rewards):
+        return Diagnosis(
+            "nothing trained",
+            f"No reward applied to any answer (all of them returned None), so there was nothing to learn from. {READ}",
+            {"rewards": 0.0},
+        )
+    return None
 
 
 def equal_groups(steps: Sequence[Step]) -> Diagnosis | None:

@@ -118,6 +118,9 @@ def _name(value: Any) -> Any:
 def _rewards(value: Any) -> Any:
     """One reward or a list; "file.py:function" is short for a function."""
     items = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, str) and item.endswith(".py"):
+            raise ValueError(f"{item} says no function; write {item}:name_of_the_function")
     return [{"kind": "function", "path": item} if isinstance(item, str) and ":" in item else item for item in items]
 
 

@@ -4,7 +4,8 @@ however it is cut.
 
 Such an objective has `observe(policy, batch) -> {name: (sum, weight)}`, of each of the step's streams, and
 `take_in({name: (sum, weight)}, training)`, called with the sums over all of them. Where it has
-`companions(examples) -> examples` as well, these further sequences are observed instead of the step's own."""
+`companions(examples, longest) -> examples` as well, these further sequences, of `longest` tokens at most (None: any),
+are observed instead of the step's own."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def observed(objective: Any, policy: Policy, model: torch.nn.Module, step: Step,
     companions = getattr(objective, "companions", None)
     streams = step.micro
     if companions is not None:
-        examples = companions(step.examples)
+        examples = companions(step.examples, policy.longest)
         streams = cut(examples, step.rows, step.how) if examples else []
     sums: Sums = {}
     was_training = model.training

@@ -50,15 +50,21 @@ def _unfit(example: Example) -> Refused | None:
     """Why a row is no pair."""
     if example.text is not None:
         return Refused("wrong objective", "the row is plain text; objective: pretrain trains it")
-    if not _answers(example.rejected or ()):
-        return Refused("no rejected answer", "a preference pair has a chosen and a rejected answer to one prompt")
-    if not _answers(example.messages[prompt_length(example) :]):
-        return Refused("no chosen answer", "a preference pair has a chosen and a rejected answer to one prompt")
+    rejected, chosen = example.rejected or [], example.messages[prompt_length(example) :]
+    if why := _no_answer(rejected):
+        return Refused("no rejected answer", why)
+    if why := _no_answer(chosen):
+        return Refused("no chosen answer", why)
+    if other := next((turns[0].role for turns in (rejected, chosen) if turns[0].role != "assistant"), None):
+        return Refused("different prompts", f"the sides differ in a turn of the role {other} before their answers")
     return None
 
 
-def _answers(messages: Sequence[Message]) -> bool:
-    return any(message.role == "assistant" for message in messages)
+def _no_answer(turns: Sequence[Message]) -> str | None:
+    """Why one side of a pair is no answer. A reward model scores its last token, so that has to be an answer's."""
+    if not any(message.role == "assistant" for message in turns):
+        return "a preference pair has a chosen and a rejected answer to one prompt"
+    return None if turns[-1].role == "assistant" else f"it ends with a turn of the role {turns[-1].role}"
 
 
 def _sides(example: Example) -> tuple[Example, Example]:

@@ -39,7 +39,8 @@ class CausalPolicy:
     """A causal language model, or one with a scalar head (transformers, or PEFT around one).
 
     `dtype` is that of the arithmetic: where parameters are wider, the forward runs under autocast. `neftune` is the
-    noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any).
+    noise alpha of NEFTune (arXiv:2310.05914) or None. `max_length`: the longest sequence that will come (None: any);
+    `longest`, that or the model's context.
     `probe` off believes the shortcuts below instead of comparing, for a model that has shapes and no numbers (a plan).
     `reference_head`: the loss from all labelled logits at once. Batches of several sequences are always taken; where
     `packs` is False they are run one by one; ones that share beginnings only where `shares` is True. `notes` says
@@ -62,6 +63,8 @@ class CausalPolicy:
         self.causal: Any = unwrap(model)
         self.dtype = dtype
         self.neftune = neftune
+        context: int | None = getattr(self.causal.config.get_text_config(), "max_position_embeddings", None)
+        self.longest = min((limit for limit in (max_length, context) if limit is not None), default=None)
         self.probes = probe
         self.notes: list[str] = []
         self.boundary: Boundary | None = None

@@ -36,11 +36,13 @@ from tunery.errors import ConfigError
 from tunery.job import Job
 from tunery.policy import REFERENCE
 from tunery.progress import clock_text, human
+from tunery.run_folder import CONFIG, changed_keys
 from tunery.setup import Run, load_start
 from tunery.types import Batch
 
 START = "start.safetensors"
 FILES = {"train": "reference_train.npy", "eval": "reference_eval.npy"}
+START_KEYS = ("model.name", "model.init_from", "model.revision", "model.random_init")  # what decides the start
 DISK = 0.5  # of what is free, that the files may take
 WINDOW = 1024  # examples packed and gathered from the ranks at a time
 
@@ -51,9 +53,11 @@ def needs_reference(objective: Any) -> bool:
 
 def keep_reference(run: Run, console: Any = None) -> None:
     """Give the run's policy its reference where its objective needs one. Raises ConfigError where `cached` was asked
-    for and cannot be. `console`: a rich console for the progress of the pass, on the first rank."""
+    for and cannot be, and where the checkpoint that is gone on from began elsewhere. `console`: a rich console for the
+    progress of the pass, on the first rank."""
     if not needs_reference(run.objective):
         return
+    _same_start(run)
     if run.resume is None and not run.adapter.whole and run.engine.is_main:
         _save_start(run.model, run.output / START)
     run.engine.barrier()
@@ -68,6 +72,21 @@ def keep_reference(run: Run, console: Any = None) -> None:
         raise ConfigError(f"objective.reference: the log-probs cannot be kept, because {why_not}; set it to live")
     run.policy.at_start = _starting(run)
     run.policy.notes.append(f"the reference runs beside the policy, because {why_not} (objective.reference)")
+
+
+def _same_start(run: Run) -> None:
+    """Raises ConfigError where the run goes on from a checkpoint of a run that started from other weights, of another
+    folder: the reference is made from what this job says, and would not be the start."""
+    saved = run.resume.parent / CONFIG if run.resume is not None else None
+    if saved is None or not saved.is_file():
+        return
+    changed = [key for key in changed_keys(run.job, saved) if key in START_KEYS]
+    if changed:
+        raise ConfigError(
+            f"train.resume: {run.resume} belongs to a run that started from other weights ({', '.join(changed)} "
+            f"differ), and the reference of objective {run.job.objective.kind} is what it started from; give the same "
+            f"as {saved}, or begin a new run at that checkpoint with model.init_from"
+        )
 
 
 def measure_with_reference(run: Run) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from tunery.data.store import TokenStore
 from tunery.errors import ConfigError, DataError
 from tunery.files import write_json, write_text
 from tunery.job import Job
+from tunery.rollout.samples import make_answer
+from tunery.types import Example
 
 CONFIG, REFUSED, DATA = "tunery.yaml", "data_refused.jsonl", "data_report.json"
 # What may change between a run and its resume without changing the result.
@@ -98,9 +102,22 @@ def open_folder(job: Job, output: Path, resume: Path | None, is_main: bool) -> N
 
 
 def data_identity(data: Prepared) -> dict[str, str | None]:
-    """Hashes of the tokenised rows; None for a stream, whose rows are not known beforehand."""
+    """Hashes of the tokenised rows and, where answers are generated, of what rewards read of them besides; None for a
+    stream, whose rows are not known beforehand."""
     train = data.train.fingerprint() if isinstance(data.train, TokenStore) else None
-    return {"train": train, "eval": data.eval.fingerprint() if data.eval is not None else None}
+    found = {"train": train, "eval": data.eval.fingerprint() if data.eval is not None else None}
+    if not data.train_examples:
+        return found
+    read = {"train": data.train_examples, "eval": data.eval_examples}
+    return {name: f"{hashed}-{_columns_hash(read[name])}" if hashed else None for name, hashed in found.items()}
+
+
+def _columns_hash(examples: Sequence[Example]) -> str:
+    """Of the ground truth and the columns of these rows."""
+    total = hashlib.blake2b(digest_size=16)
+    for answer in map(make_answer, examples):
+        total.update(json.dumps([answer.ground_truth, answer.columns], sort_keys=True, default=str).encode())
+    return total.hexdigest()
 
 
 def same_data(data: Prepared, output: Path) -> None:

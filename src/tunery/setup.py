@@ -53,7 +53,7 @@ from tunery.rollout.build import (
 from tunery.rollout.rollouts import Rollouts
 from tunery.rollout.scoring import Rewards
 from tunery.run_folder import CONFIG, find_resume, versions
-from tunery.teacher import check_teacher, load_teacher
+from tunery.teacher import check_kept, check_teacher, load_teacher
 from tunery.trackers import require
 from tunery.types import Objective
 
@@ -336,6 +336,7 @@ def read_data(job: Job, console: Any = None) -> Read:
     prepared = prepare(
         data, template, objective, seed=job.train.seed, cache_key=job.objective.model_dump_json(), console=console
     )
+    check_kept(job, [prepared.train, prepared.eval])
     rewards = make_rewards(job, prepared) if generates(objective) else None
     return Read(tokenizer, template, objective, prepared, rewards)
 

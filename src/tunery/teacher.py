@@ -5,18 +5,22 @@ An objective whose `teacher` names one gets it (setup.py); its logits come from 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from tunery.data.store import TokenStore
 from tunery.engine import Engine
-from tunery.errors import ModelError
+from tunery.errors import DataError, ModelError
 from tunery.job import Job
 from tunery.kernels.divergence import LazyLogits
 from tunery.models.fuse import fuse
 from tunery.models.load import hook_attention, load_config, load_model, load_tokenizer
 from tunery.models.target import Target, is_reward_model, load_adapter, model_config, resolve_target
+from tunery.objectives.distill import IDS
 from tunery.policy import CausalPolicy
 from tunery.types import Batch
 
@@ -91,6 +95,24 @@ def check_teacher(job: Job, tokenizer: Any) -> None:
         )
     if size <= max(ours.values()):
         raise ModelError(f"{what}: its head has {size:,} entries, too few for token {max(ours.values()):,}; {advice}")
+
+
+def check_kept(job: Job, stores: Sequence[Any]) -> None:
+    """Raises DataError where a row's kept log-probabilities are of a token that the student's head does not have."""
+    if getattr(job.objective, "top_k", None) is None:
+        return
+    size = load_config(job.model).get_text_config().vocab_size
+    for store in [store for store in stores if isinstance(store, TokenStore)]:
+        for name, ids in store.token_extra.items():
+            beyond = np.flatnonzero(ids >= size) if name.startswith(IDS) else np.zeros(0, int)
+            if len(beyond):
+                sequence = int(np.searchsorted(store.sequence_offsets, beyond[0], side="right")) - 1
+                example = int(np.searchsorted(store.example_offsets, sequence, side="right")) - 1
+                where = f"{store.files[int(store.file_index[example])]}:{store.rows[example]}"
+                raise DataError(
+                    f'{where}: column "teacher" names token {ids[beyond[0]]:,}, and {job.model.name} has {size:,}; a '
+                    "teacher must have the student's tokenizer"
+                )
 
 
 def _number(item: tuple[str, int]) -> int:

@@ -59,20 +59,25 @@ def _labelled(sequences: list[Tokens] | Refused, labels: list[bool]) -> list[Tok
     return sequences
 
 
-def mismatched(examples: Sequence[list[Tokens]]) -> list[list[Tokens]]:
+def mismatched(examples: Sequence[list[Tokens]], longest: int | None = None) -> list[list[Tokens]]:
     """Each example's prompt with the (first) answer of the example before it, the first with that of the last; nothing
-    where there are not two examples."""
+    where there are not two examples. Of a long prompt with a long answer, what is beyond `longest` tokens (and beyond
+    the longest of these examples) is cut off: the model may have no positions there, and memory was planned for rows
+    alone."""
     if len(examples) < 2:
         return []
+    if longest is not None:
+        longest = max(longest, *(len(sequences[0]) for sequences in examples))
     return [
-        [_answered(mine[0], other[0])] for mine, other in zip(examples, [examples[-1], *examples[:-1]], strict=True)
+        [_answered(mine[0], other[0], longest)]
+        for mine, other in zip(examples, [examples[-1], *examples[:-1]], strict=True)
     ]
 
 
-def _answered(mine: Tokens, other: Tokens) -> Tokens:
+def _answered(mine: Tokens, other: Tokens, longest: int | None) -> Tokens:
     prompt, answer = mine.ids[: _begin(mine)], other.ids[_begin(other) :]
     weights = np.concatenate([np.zeros(len(prompt), np.float32), other.weights[_begin(other) :]])
-    return Tokens(np.concatenate([prompt, answer]), weights)
+    return Tokens(np.concatenate([prompt, answer])[:longest], weights[:longest])
 
 
 def _begin(tokens: Tokens) -> int:

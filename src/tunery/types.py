@@ -238,6 +238,8 @@ class Template(Protocol):
 class Policy(Protocol):
     """The model as an objective may see it. See policy.py."""
 
+    longest: int | None  # tokens of a sequence that the run and the model's context have room for
+
     def nll(self, batch: Batch) -> Tensor:
         """sum_t weights_T[t] * -log p(targets_T[t] | before), a scalar; its gradient is made in the forward."""
         ...

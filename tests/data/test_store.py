@@ -151,9 +151,9 @@ def test_the_fingerprint_is_of_the_tokens_alone(tmp_path):
     assert TokenStore.load(tmp_path / "v").fingerprint() == made.select([2, 0, 2]).fingerprint()
 
 
-def test_the_fingerprint_changes_with_each_token_weight_and_boundary(monkeypatch):
-    def one(length: int, ids: int = 1, weight: float = 1.0) -> Tokens:
-        return Tokens(np.full(length, ids, np.int32), np.full(length, weight, np.float32))
+def test_the_fingerprint_changes_with_each_token_weight_boundary_and_extra(monkeypatch):
+    def one(length: int, ids: int = 1, weight: float = 1.0, **extra) -> Tokens:
+        return Tokens(np.full(length, ids, np.int32), np.full(length, weight, np.float32), extra)
 
     sets = [
         [[one(4)]],
@@ -164,6 +164,12 @@ def test_the_fingerprint_changes_with_each_token_weight_and_boundary(monkeypatch
         [[one(1)], [one(3)]],
         [[one(4)], [one(4)]],
         [],
+        [[one(4, label=True)]],
+        [[one(4, label=False)]],
+        [[one(4, other=True)]],
+        [[one(4, margin=0.5)]],
+        [[one(4, teacher=np.array([0, 0, 1, 0]))]],
+        [[one(4, teacher=np.array([0, 0, 0, 1]))]],
     ]
     prints = [pack_store([Chunk(rows, [(0, 0, 1)] * len(rows))], FILES).fingerprint() for rows in sets]
     assert len(set(prints)) == len(sets)

@@ -17,7 +17,7 @@ from processes import job_file, train, train_on_two_ranks
 from tiny_models import random_sequences, tiny_model
 from tiny_runs import final_weights, losses, model_folder, tiny_job, write_pairs
 from tunery.data.collate import collate
-from tunery.errors import ConfigError, ModelError
+from tunery.errors import ConfigError, DataError, ModelError
 from tunery.job import load_job
 from tunery.loop import run_job
 from tunery.objectives import distill
@@ -173,12 +173,14 @@ def test_kept_log_probs_stand_where_they_are_predicted_from():
     given = {"ids": [[5, 6], [7, 8], [9, 10]], "logps": [[-0.5, -1.5], [-1.0, -2.0], [-0.7, -3.0]]}
     twice = {"ids": [[5, 5], [7, 8], [9, 10]], "logps": given["logps"]}
     more = {"ids": given["ids"], "logps": [[-0.1, -0.1]] * 3}
+    halves = {"ids": [[5.5, 6], [7, 8], [9, 10]], "logps": given["logps"]}
     rows = objective.rows(
-        [row_with(g) for g in (given, None, {"ids": [[1]], "logps": [[0]]}, twice, more)], OneSequence()
+        [row_with(g) for g in (given, None, {"ids": [[1]], "logps": [[0]]}, twice, more, halves)], OneSequence()
     )
     made, *refused = rows
     assert [r.reason.split(" are ")[0] for r in refused if isinstance(r, Refused)] == [
         "no teacher's log-probs", "teacher's log-probs do not fit", *["teacher's log-probs"] * 2,
+        "no teacher's log-probs",
     ]  # fmt: skip
     assert not isinstance(made, Refused)
     batch = collate([made[0], *made])
@@ -187,6 +189,16 @@ def test_kept_log_probs_stand_where_they_are_predicted_from():
     both, one = (measured(policy, objective, batches) for batches in ([batch], [collate(made)] * 2))
     for mine, expected in zip(both, one, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_kept_token_that_the_model_does_not_have_names_the_row(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns, "teacher": {"ids": [[5], [last]], "logps": [[-0.5]] * 2}} for last in (2047, 2048)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"train": str(tmp_path / "rows.jsonl"), "cache": False}
+    job = load_job({"model": "builtin:tiny", "data": data, "objective": {"kind": "distill", "top_k": 1}})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .* token 2,048, and builtin:tiny has 2,048"):
+        read_data(job)
 
 
 @pytest.mark.slow

@@ -164,6 +164,9 @@ def test_beta_follows_the_target():
     expected += [expected[1] * (1 + 0.2 * 2 / 100)]
     expected += [expected[2] * (1 - 0.2 * 2 / 100)]
     assert betas == pytest.approx(expected, rel=1e-12)
+    many = Objective(Config(beta=0.1, kl_target=2.0, kl_horizon=0.1))  # 1 - 0.2 * 2 / 0.1 would turn the sign
+    many.judge([samples])
+    assert many.beta == pytest.approx(0.1 * 0.8, rel=1e-12)
 
 
 def test_rewards_are_normalised_by_all_so_far_and_that_is_kept():

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tiny_models import tiny_model
+from tiny_runs import model_folder
 from tunery.config import build
 from tunery.data.collate import collate
 from tunery.data.loader import Cut, Step, make_step
@@ -120,6 +121,32 @@ def test_each_prompt_meets_the_answer_before():
     assert [tokens.ids.tolist() for (tokens,) in made] == [[1, 2, 11, 12, 13], [4, 5, 6, 3], [9, 10, 7, 8]]
     assert [tokens.weights.tolist() for (tokens,) in made] == [[0, 0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
     assert mismatched(examples[:1]) == []
+    cut = mismatched([answered([1, 2, 3, 4], [5]), answered([6], [7, 8, 9])], longest=3)  # rows of 5 do not fit either
+    assert [tokens.ids.tolist() for (tokens,) in cut] == [[1, 2, 3, 4, 7], [6, 5]]
+    assert [tokens.weights.tolist() for (tokens,) in cut] == [[0, 0, 0, 0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("max_length", [64, 1024])
+def test_a_long_prompt_with_a_long_answer_stays_within_the_context(tmp_path, max_length):
+    """GPT-2 has no positions beyond its context, which each row here fits."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = model_folder(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    config = GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(str(model))
+    rows = [
+        {"prompt": "1 " * (20 if i % 2 else 1), "completion": "2 " * (1 if i % 2 else 20), "label": bool(i % 2)}
+        for i in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {
+        "model": {"name": str(model), "dtype": "float32"}, "objective": "kto", "adapter": "full",
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": max_length, "cache": False},
+        "train": {"batch_size": 4, "max_steps": 2}, "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    assert run_job(load_job(values)).step == 2
 
 
 def test_trls_kto_loss():

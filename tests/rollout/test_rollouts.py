@@ -107,6 +107,21 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, at):
     assert all(weights(tmp_path / "cut")[k].equal(v) for k, v in weights(tmp_path / "whole").items())
 
 
+def test_changed_ground_truths_are_noticed(tmp_path):
+    """The prompts are the same tokens as before, and a resumed run would be judged by other answers."""
+    data = {"train": str(tmp_path / "prompts.jsonl"), "eval": str(write_prompts(tmp_path / "held.jsonl", 3, 20))}
+    made = job(tmp_path, data=data, train={"max_steps": 1})
+    run_job(made)
+    assert run_job(made).already_finished
+    for name, part in (("prompts", "train"), ("held", "eval")):
+        path = tmp_path / f"{name}.jsonl"
+        before = path.read_text()
+        path.write_text(before.replace('{"messages"', '{"answer": "4", "messages"', 1))
+        with pytest.raises(DataError, match=f"the {part} data have changed"):
+            run_job(made)
+        path.write_text(before)
+
+
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one(tmp_path):
     made = job(
@@ -208,3 +223,5 @@ def test_short_forms_of_rewards():
     assert load_job({"data": {"train": "x"}, "rewards": "pkg.mod:f"}).rewards[0].path == "pkg.mod:f"
     with pytest.raises(ConfigError, match="did you mean 'math'"):
         load_job({"data": {"train": "x"}, "rewards": "maths"})
+    with pytest.raises(ConfigError, match=r"rewards: .*mine.py says no function; write mine.py:name_of_the_function"):
+        load_job({"data": {"train": "x"}, "rewards": ["mine.py"]})

@@ -32,6 +32,9 @@ def picky(completions):
             sys.exit("bye")
         if text == "memory":
             bytearray(3 * 10**9)
+        if text == "close":
+            os.closerange(3, 64)
+            time.sleep(1000)
         if text == "loop":
             while True:
                 pass
@@ -94,6 +97,7 @@ FAILURES = {
     "quit": "SystemExit: bye",
     "memory": "MemoryError",
     "loop": "longer than 1 s",
+    "close": "closed the pipe that answers come through",
 }
 
 

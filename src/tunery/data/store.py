@@ -135,9 +135,12 @@ class TokenStore:
         return TokenStore(self._arrays, self.files, numbers if self.index is None else self.index[numbers])
 
     def fingerprint(self) -> str:
-        """A BLAKE2b hash, in hex, of what training sees: the examples' ids, weights and boundaries, in the order of
-        this view. Where the rows came from and how they are stored does not matter."""
+        """A BLAKE2b hash, in hex, of what training sees: the examples' ids, weights and boundaries, and what the
+        objective put beside them (labels, margins, a teacher's log-probs), in the order of this view. Where the rows
+        came from and how they are stored does not matter."""
+        beside = sorted([*self.token_extra, *self.sequence_extra])
         parts = [hashlib.blake2b(digest_size=16) for _ in range(4)]  # one stream a field: blocks leave no trace
+        parts += [hashlib.blake2b(name.encode(), digest_size=16) for name in beside]
         index = np.arange(len(self), dtype=np.int64) if self.index is None else self.index
         for start in range(0, len(index), _HASHED):
             at = index[start : start + _HASHED]
@@ -146,7 +149,12 @@ class TokenStore:
             counts = self.example_offsets[at + 1] - self.example_offsets[at]
             lengths = self.sequence_offsets[sequences + 1] - self.sequence_offsets[sequences]
             weights = self.weights[tokens].astype(np.float32)
-            for part, array in zip(parts, (counts, lengths, self.ids[tokens], weights), strict=True):
+            extras = [
+                (self.token_extra[name][tokens] if name in self.token_extra else self.sequence_extra[name][sequences])
+                for name in beside
+            ]
+            fields = (counts, lengths, self.ids[tokens], weights, *(values.astype(np.float64) for values in extras))
+            for part, array in zip(parts, fields, strict=True):
                 part.update(np.ascontiguousarray(array).tobytes())
         return hashlib.blake2b(b"".join(part.digest() for part in parts), digest_size=16).hexdigest()
 

@@ -117,7 +117,9 @@ def _with_logps(row: list[Tokens], columns: Any, top_k: int) -> list[Tokens] | R
     tokens, given = row[0], columns.get("teacher")
     at = places(tokens)
     try:
-        ids, logps = np.array(given["ids"], dtype=np.int64), np.array(given["logps"], dtype=np.float32)
+        ids, logps = np.array(given["ids"]), np.array(given["logps"], dtype=np.float32)
+        if ids.dtype.kind not in "iu":
+            raise TypeError
     except (TypeError, KeyError, ValueError):
         return Refused("no teacher's log-probs", 'column "teacher" is not {"ids": [[...]], "logps": [[...]]}')
     if ids.shape != (len(at), top_k) or logps.shape != ids.shape:

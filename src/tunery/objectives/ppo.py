@@ -74,7 +74,8 @@ class Objective:
 
     All statistics (of whitening, of rewards, of the divergence) are those of whole rollouts, taken before it is cut.
     With `kl_target`, after each rollout beta is multiplied by 1 + clip(KL / target - 1, -0.2, 0.2) answers / horizon
-    (arXiv:1909.08593, section 2.2). An answer that no reward applies to is left out."""
+    (arXiv:1909.08593, section 2.2; answers / horizon counts as 1 where it is more, or a large rollout could turn beta's
+    sign). An answer that no reward applies to is left out."""
 
     generates = True
     value_head = True
@@ -147,7 +148,7 @@ class Objective:
             found |= {"kl": (total, tokens), "kl/answer": (total, answers), "beta": (self.beta, 1.0)}
             if self.config.kl_target is not None:
                 error = min(KL_ERROR, max(-KL_ERROR, total / answers / self.config.kl_target - 1))
-                self.beta *= 1 + error * answers / self.config.kl_horizon
+                self.beta *= 1 + error * min(1.0, answers / self.config.kl_horizon)
         return found
 
     # ------------------------------------------------------------ the loss

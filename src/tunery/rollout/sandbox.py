@@ -22,6 +22,7 @@ from tunery.errors import ConfigError, RewardError
 from tunery.types import Answer
 
 START = 120.0  # seconds a process may take to import what the reward needs, beyond which it is taken to hang
+LAST = 1.0  # seconds that a process may live on once it answers no more
 TIMEOUT, MEMORY = 30.0, 8.0  # seconds for a call and GB, of rewards whose Config does not say
 
 
@@ -115,9 +116,12 @@ class SandboxedReward:
             self.close()
             return None, f"it took longer than {seconds:g} s (timeout)"
         except (OSError, EOFError):
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LAST)
             code = process.returncode
             self.close()
+            if code is None:
+                return None, "its process closed the pipe that answers come through"
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
             return None, f"its process {how}"
         return (None, reply["error"]) if "error" in reply else (reply, "")

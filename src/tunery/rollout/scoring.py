@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 from tunery.config import build, load_kind
-from tunery.errors import RewardError
+from tunery.errors import RewardError, TuneryError
 from tunery.rewards import Host, RewardConfig
 from tunery.rollout.sandbox import SandboxedReward
 from tunery.types import Answer, Sample
@@ -60,7 +61,7 @@ class Rewards:
             return
         answers = [sample.answer for sample in samples]
         for name, reward in self._rewards.items():
-            scores = reward.score(answers)
+            scores = _scores(reward, name, answers)
             for sample, score in zip(samples, scores, strict=True):
                 if score is not None and not math.isfinite(score):
                     raise RewardError(
@@ -77,6 +78,29 @@ class Rewards:
         for reward in self._rewards.values():
             if isinstance(reward, SandboxedReward):
                 reward.close()
+
+
+def _scores(reward: Any, name: str, answers: Sequence[Answer]) -> list[float | None]:
+    """Those of a reward in this process, whose kind may be the user's code: whatever it does is one error, which all
+    ranks raise. (The sandbox has seen to this for those that run there.)"""
+    try:
+        scores = reward.score(answers)
+    except TuneryError:
+        raise
+    except Exception as error:
+        rows = f"{answers[0].where} to {answers[-1].where}"
+        raise RewardError(
+            f"rewards: {name} failed on the answers to {rows}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(scores, list | tuple) or len(scores) != len(answers):
+        what = f"{len(scores)} values" if isinstance(scores, list | tuple) else type(scores).__name__
+        raise RewardError(f"rewards: {name} gave {what}, expected a list with one number for each of {len(answers)}")
+    wrong = next((i for i, s in enumerate(scores) if s is not None and not isinstance(s, numbers.Real)), None)
+    if wrong is not None:
+        raise RewardError(
+            f"rewards: {name} gave {scores[wrong]!r} for an answer to {answers[wrong].where}, which is no number"
+        )
+    return [None if score is None else float(score) for score in scores]
 
 
 def _name(config: RewardConfig) -> str:

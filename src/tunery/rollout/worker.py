@@ -43,7 +43,9 @@ def main() -> None:
     while (message := _receive(into)) is not None:
         _limit_time(first["seconds"])
         try:
-            reply: dict[str, Any] = {"scores": reward.score([_answer(values) for values in message["answers"]])}
+            found = reward.score([_answer(values) for values in message["answers"]])
+            scores = [None if score is None else float(score) for score in found]  # those of arrays are no JSON
+            reply: dict[str, Any] = {"scores": scores}
         except BaseException as error:
             reply = {"error": _explain(error)}
         _send(out, reply)
