@@ -57,7 +57,9 @@ def main() -> None:
         if text := _said_here(error):
             print(f"tunery: {text}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # with 130 Typer answers a Ctrl-C, and says nothing
+            raise
         print("tunery: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery.config import build
-from tunery.data.share import shared_length
+from tunery.data.share import common_length
 from tunery.data.store import TokenStore
 from tunery.errors import ConfigError
 from tunery.job import Job
@@ -82,7 +82,7 @@ def show_sequence(console: Any, title: str, tokens: Tokens, tokenizer: Any) -> N
 def show_pair(console: Any, origin: str, pair: Sequence[Tokens], tokenizer: Any) -> None:
     """What the two sequences begin with alike, once, and what follows in each: side by side, or one below the other on
     a narrow terminal."""
-    shared = shared_length(pair)
+    shared = common_length(pair)
     margin = f", margin {pair[0].extra['margin']:g}" if "margin" in pair[0].extra else ""
     cut = ", cut to fit" if pair[0].extra.get("truncated") else ""
     head(console, f"{origin}: a prompt of {shared} tokens{margin}{cut}")

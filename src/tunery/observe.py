@@ -3,9 +3,10 @@ taken before the losses, without a gradient and without dropout, over all stream
 however it is cut.
 
 Such an objective has `observe(policy, batch) -> {name: (sum, weight)}`, of each of the step's streams, and
-`take_in({name: (sum, weight)}, training)`, called with the sums over all of them. Where it has
+`take_in({name: (sum, weight)})`, called with the sums over all of them. Where it has
 `companions(examples, longest) -> examples` as well, these further sequences, of `longest` tokens at most (None: any),
-are observed instead of the step's own."""
+are observed instead of the step's own. One that says `only_training` goes by what it saw in training, and is shown
+nothing in an evaluation."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ from tunery.types import Objective, Policy
 Sums = dict[str, tuple[float, float]]
 
 
-def observes(objective: Objective) -> bool:
-    return getattr(objective, "observe", None) is not None
+def observes(objective: Objective, training: bool = True) -> bool:
+    """Whether the objective is to be shown a step before its losses."""
+    there = getattr(objective, "observe", None) is not None
+    return there and (training or not getattr(objective, "only_training", False))
 
 
 def observed(objective: Any, policy: Policy, model: torch.nn.Module, step: Step, engine: Engine) -> Sums:

@@ -62,7 +62,7 @@ def gradients(run: Run, report: Report | NullReport, step: int, work: Step, weig
                 fall(run, report, ran_out, run.loader.longest or work.longest, f"in step {step + 1}")
                 work = work.recut(run.cut)
                 continue
-            run.objective.take_in(run.engine.sum_metrics(seen), training=True)  # type: ignore[attr-defined]
+            run.objective.take_in(run.engine.sum_metrics(seen))  # type: ignore[attr-defined]
             to_observe = False
         made = attempt(partial(forward_backward, run, work.micro, weight))
         ran_out = run.engine.largest(0 if made is not None else work.largest)

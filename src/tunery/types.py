@@ -293,7 +293,7 @@ class Objective(Protocol):
     critic = True          of these, values that share nothing with the policy but the base (critic.py)
     pairs = True           two answers a row, for those who show them    unused(example)    what of a row is left out
     generates = True       rows are prompts, steps are rollouts: judge, measure, least_group, needs_rewards (rollout/)
-    observe, take_in, companions                                         numbers of a whole step (observe.py)
+    observe, take_in, companions, only_training                          numbers of a whole step (observe.py)
     state, load_state                                                    what a checkpoint has to hold of it"""
 
     def rows(self, examples: Sequence[Example], template: Any) -> list[list[Tokens] | Refused]:

@@ -24,7 +24,7 @@ from tunery.data.loader import Cut, Step, make_step
 from tunery.job import load_job
 from tunery.loop import run_job
 from tunery.objectives import bco, kto
-from tunery.observe import observed
+from tunery.observe import observed, observes
 from tunery.policy import CausalPolicy
 from tunery.reference import Start
 from tunery.thumbs import mismatched
@@ -108,8 +108,8 @@ def test_bco_by_hand():
     objective = bco.Objective(bco.Config(beta=0.5))
     objective.take_in({name: (float(v), float(w)) for name, (v, w) in objective.observe(policy, batch).items()})
     assert float(objective.loss(policy, batch).sum) == pytest.approx(2 * softplus(-1.0))
-    objective.take_in({"rewards": (100.0, 1.0)}, training=False)
     assert objective.rewards_seen == (1.0, 2.0)
+    assert observes(objective) and not observes(objective, training=False)
     again = bco.Objective(bco.Config(beta=0.5))
     again.load_state(json.loads(json.dumps(objective.state())))
     assert again.rewards_seen == objective.rewards_seen

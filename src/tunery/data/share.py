@@ -16,16 +16,19 @@ _AT_ONCE = 1 << 22  # tokens compared at a time
 def shared_length(sequences: Sequence[Tokens]) -> int:
     """Tokens that several sequences of an example have in common and can share; 0 where it is not worth it. The token
     that predicts the first trained one is not shared: each sequence has its own target there."""
-    if len(sequences) < 2:
-        return 0
+    shared = common_length(sequences) - 1 if len(sequences) > 1 else 0
+    return shared if shared >= WORTH_SHARING else 0
+
+
+def common_length(sequences: Sequence[Tokens]) -> int:
+    """Tokens that the sequences begin with alike, none of them trained on."""
     shortest = min(map(len, sequences))
     first = sequences[0].ids[:shortest]
     same: np.ndarray = np.logical_and.reduce([tokens.ids[:shortest] == first for tokens in sequences[1:]])
     trained: np.ndarray = np.logical_or.reduce([tokens.weights[:shortest] != 0 for tokens in sequences])
     trained[0] = False  # nothing predicts the first token
     differs = np.flatnonzero(~same | trained)
-    shared = (int(differs[0]) if len(differs) else shortest) - 1
-    return shared if shared >= WORTH_SHARING else 0
+    return int(differs[0]) if len(differs) else shortest
 
 
 def shared_lengths(

@@ -32,11 +32,11 @@ def evaluate(
     totals, how = Sums(), None
     for step in steps:
         work = step if how is None else step.recut(how)
-        if observes(objective):
+        if observes(objective, training=False):
             seen, work = _cut_to_fit(
                 lambda work: observed(objective, policy, model, work, engine), work, engine, on_fall
             )
-            objective.take_in(engine.sum_metrics(seen), training=False)  # type: ignore[attr-defined]
+            objective.take_in(engine.sum_metrics(seen))  # type: ignore[attr-defined]
         made, work = _cut_to_fit(partial(_sums, objective, policy, engine), work, engine, on_fall)
         _add(totals, made)
         how = work.how

@@ -38,6 +38,7 @@ class Objective:
     """sum over answers of L."""
 
     reference = True
+    only_training = True  # what an evaluation sees is not remembered
 
     rows, weight = staticmethod(encode_thumbs), staticmethod(count_sequences)
     unused = staticmethod(partial(unused_spans, objective="bco"))
@@ -65,11 +66,9 @@ class Objective:
     def observe(self, policy: Policy, batch: Batch) -> Metrics:
         return {"rewards": (self._rewards(policy, batch, policy.logps(batch)).sum(), float(batch.n_sequences))}
 
-    def take_in(self, seen: Mapping[str, tuple[float, float]], training: bool = True) -> None:
-        """What an evaluation sees is not remembered."""
-        if training:
-            total, count = seen.get("rewards", (0.0, 0.0))
-            self.rewards_seen = (self.rewards_seen[0] + total, self.rewards_seen[1] + count)
+    def take_in(self, seen: Mapping[str, tuple[float, float]]) -> None:
+        total, count = seen.get("rewards", (0.0, 0.0))
+        self.rewards_seen = (self.rewards_seen[0] + total, self.rewards_seen[1] + count)
 
     def state(self) -> dict[str, Any]:
         return {"rewards_seen": list(self.rewards_seen)}

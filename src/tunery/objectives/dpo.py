@@ -122,6 +122,7 @@ class Objective:
         self.rewards_seen = (0.0, 0.0)  # sum and number, for BCO's shift
         # only bco_pair has a step looked at before its losses
         self.observe = self._rewards if "bco_pair" in self.weights else None
+        self.only_training = True  # what an evaluation sees is not remembered
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         config = self.config
@@ -163,10 +164,8 @@ class Objective:
         pairs = self._pairs(policy, batch, policy.logps(batch))
         return {"rewards": (self.config.beta * (pairs.chosen_P + pairs.rejected_P).sum(), 2 * pairs.count)}
 
-    def take_in(self, seen: Mapping[str, tuple[float, float]], training: bool = True) -> None:
-        """The same of all the step's streams and ranks. What an evaluation sees is not remembered."""
-        if not training:
-            return
+    def take_in(self, seen: Mapping[str, tuple[float, float]]) -> None:
+        """The same of all the step's streams and ranks."""
         total, count = seen.get("rewards", (0.0, 0.0))
         self.rewards_seen = (self.rewards_seen[0] + total, self.rewards_seen[1] + count)
 

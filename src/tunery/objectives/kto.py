@@ -80,7 +80,7 @@ class Objective:
         ratios_S = sequence_logps(batch, policy.logps(batch) - policy.reference_logps(batch))
         return {"kl": (ratios_S.sum(), float(batch.n_sequences))}
 
-    def take_in(self, seen: Mapping[str, tuple[float, float]], training: bool = True) -> None:
+    def take_in(self, seen: Mapping[str, tuple[float, float]]) -> None:
         total, count = seen.get("kl", (0.0, 0.0))
         self.z = max(0.0, total / count) if count else 0.0
 
