@@ -1,10 +1,11 @@
 """The same preference training (DPO with LoRA) in Tunery and in TRL: pairs and tokens per second, peak memory, loss.
 
-    python -m bench.dpo [--rounds 3] [--steps 8] [--rivals trl-bf16 ...] [--python PYTHON] [--assets FOLDER]
+    python -m bench.dpo [--precision bf16|fp32] [--rounds 3] [--steps 8] [--rivals trl-bf16 ...] [--python PYTHON]
+                        [--assets FOLDER]
 
 The first pairs of LLaMA-Factory's dpo_en_demo that fit the cut-off; the model of bench.sft's job A. Each contestant
-trains in a process of its own, in turns. docs/benchmarks.md says what is measured. Writes bench/results/dpo.json and
-the section `dpo` of bench/RESULTS.md; a trial (--tiny) is printed only."""
+trains in a process of its own, in turns. docs/benchmarks.md says what is measured. Writes
+bench/results/dpo_PRECISION.json and a section of bench/RESULTS.md; a trial (--tiny) is printed only."""
 
 from __future__ import annotations
 
@@ -39,26 +40,27 @@ class Pairs(Prepared):
         return spec | {"sections": {"objective": {"kind": "dpo", "beta": BETA}}}
 
 
-def contestants() -> list[Contestant]:
+def contestants(precision: str) -> list[Contestant]:
     """Tunery with and without sharing prompts, TRL as it comes and at its best on a CPU. (TRL 1.16's padding_free is
     switched off by TRL itself.)"""
-    bf16 = {**PLAIN, "bf16": True}
+    plain, dtype = {**PLAIN, "bf16": precision == "bf16"}, {"bf16": "bfloat16", "fp32": "float32"}[precision]
     ahead = {"precompute_ref_log_probs": True}
     grouped = {"train_sampling_strategy": "group_by_length"}
 
-    def trl(name: str, about: str, precision: str, dtype: str, arguments: dict[str, Any]) -> Contestant:
+    def trl(name: str, about: str, arguments: dict[str, Any], dtype: str = dtype) -> Contestant:
         settings = {"dtype": dtype, "arguments": arguments}
         return Contestant(f"trl-{name}", "trl_dpo", about, precision, settings, arguments.keys().isdisjoint(grouped))
 
+    as_it_comes = [] if precision == "fp32" else [
+        trl("default-cpu", "as it comes, with use_cpu: bf16 autocast, checkpointing on", {"use_cpu": True}, "float32")
+    ]  # fmt: skip
     return [
-        tunery("bf16"),
-        tunery("bf16", "tunery-bf16-unshared", ["train.share_prompts=false"], "bf16, each prompt twice"),
-        tunery("fp32"),
-        trl("default-cpu", "as it comes, with use_cpu: bf16 autocast, checkpointing on", "bf16", "float32",
-            {"use_cpu": True}),
-        trl("fp32", "fp32, checkpointing off", "fp32", "float32", {**PLAIN, "bf16": False}),
-        trl("bf16", "bf16, checkpointing off", "bf16", "bfloat16", bf16),
-        trl("bf16-ahead", "the same, the reference precomputed", "bf16", "bfloat16", {**bf16, **ahead}),
+        tunery(precision),
+        tunery(precision, f"tunery-{precision}-unshared", ["train.share_prompts=false"], "each prompt twice"),
+        *as_it_comes,
+        trl(precision, f"{precision}, checkpointing off", plain),
+        trl(f"{precision}-grouped", "the same, group_by_length", {**plain, **grouped}),
+        trl(f"{precision}-ahead", "the same in order, the reference precomputed", {**plain, **ahead}),
     ]  # fmt: skip
 
 
@@ -123,6 +125,7 @@ def table(result: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rivals", nargs="*", default=[""], help="beginnings of contestants' names")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of 4 pairs each")
     parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead (a trial)")
@@ -139,18 +142,17 @@ def main() -> None:
 
     job = tiny(JOBS["A"]) if options.tiny else JOBS["A"]
     job = Job(job.name, job.title, job.shape, rows=options.steps * job.batch_size, batch_size=job.batch_size)
-    field_ = [
-        one
-        for one in contestants()
-        if one.name == "tunery-bf16" or any(one.name.startswith(word) for word in options.rivals)
-    ]
+    field_ = per_second.chosen(contestants(options.precision), options.rivals)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(job, Path(options.assets), Path(folder) / "job")
         result = summarise(prepared, field_, race(prepared, field_, options))
     print(table(result))
     if not options.tiny:
-        saved = json.loads(save_result("dpo", result).read_text(encoding="utf-8"))
-        write_section("dpo", f"## Preferences beside TRL\n\n{table(saved)}\n\n{described(saved)}")
+        saved = json.loads(save_result(f"dpo_{options.precision}", result).read_text(encoding="utf-8"))
+        write_section(
+            f"dpo_{options.precision}",
+            f"## Preferences beside TRL, in {options.precision}\n\n{table(saved)}\n\n{described(saved)}",
+        )
 
 
 if __name__ == "__main__":

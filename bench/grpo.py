@@ -1,11 +1,12 @@
 """The same reinforcement (GRPO with LoRA) in Tunery and in TRL: samples per second, peak memory, loss.
 
-    python -m bench.grpo [--rounds 3] [--steps 6] [--rivals trl-bf16 ...] [--python PYTHON] [--assets FOLDER]
+    python -m bench.grpo [--precision bf16|fp32] [--rounds 3] [--steps 6] [--rivals trl-bf16 ...] [--python PYTHON]
+                         [--assets FOLDER]
 
 Prompts of LLaMA-Factory's alpaca_en_demo, a group of answers to each from the model as it stands, a reward that costs
 nothing (the answer's length), one update; the model of bench.sft's job A. It is random, so hardly an answer ends by
 itself, and all contestants generate and train on answers of the same length. Each trains in a process of its own, in
-turns. docs/benchmarks.md says what is measured. Writes bench/results/grpo.json and the section `grpo` of
+turns. docs/benchmarks.md says what is measured. Writes bench/results/grpo_PRECISION.json and a section of
 bench/RESULTS.md; a trial (--tiny) is printed only."""
 
 from __future__ import annotations
@@ -41,21 +42,17 @@ class Prompts(Prepared):
         }}  # fmt: skip
 
 
-def contestants() -> list[Contestant]:
+def contestants(precision: str) -> list[Contestant]:
     """Tunery, TRL as it comes and at its best on a CPU."""
-    bf16 = {**PLAIN, "bf16": True}
+    plain, dtype = {**PLAIN, "bf16": precision == "bf16"}, {"bf16": "bfloat16", "fp32": "float32"}[precision]
 
-    def trl(name: str, about: str, precision: str, dtype: str, arguments: dict[str, Any]) -> Contestant:
+    def trl(name: str, about: str, arguments: dict[str, Any], dtype: str = dtype) -> Contestant:
         return Contestant(f"trl-{name}", "trl_grpo", about, precision, {"dtype": dtype, "arguments": arguments}, False)
 
-    return [
-        tunery("bf16"),
-        tunery("fp32"),
-        trl("default-cpu", "as it comes, with use_cpu: bf16 autocast, checkpointing on", "bf16", "float32",
-            {"use_cpu": True}),
-        trl("fp32", "fp32, checkpointing off", "fp32", "float32", {**PLAIN, "bf16": False}),
-        trl("bf16", "bf16, checkpointing off", "bf16", "bfloat16", bf16),
+    as_it_comes = [] if precision == "fp32" else [
+        trl("default-cpu", "as it comes, with use_cpu: bf16 autocast, checkpointing on", {"use_cpu": True}, "float32")
     ]  # fmt: skip
+    return [tunery(precision), *as_it_comes, trl(precision, f"{precision}, checkpointing off", plain)]
 
 
 def prepare(job: Job, assets: Path, folder: Path) -> Prompts:
@@ -111,6 +108,7 @@ def table(result: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rivals", nargs="*", default=[""], help="beginnings of contestants' names")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help=f"of {PROMPTS} prompts each")
     parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead (a trial)")
@@ -129,18 +127,17 @@ def main() -> None:
     job = Job(
         job.name, job.title, job.shape, rows=options.steps * PROMPTS, batch_size=PROMPTS, max_length=PROMPT_TOKENS
     )
-    field_ = [
-        one
-        for one in contestants()
-        if one.name == "tunery-bf16" or any(one.name.startswith(word) for word in options.rivals)
-    ]
+    field_ = per_second.chosen(contestants(options.precision), options.rivals)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(job, Path(options.assets), Path(folder) / "job")
         result = summarise(prepared, field_, race(prepared, field_, options))
     print(table(result))
     if not options.tiny:
-        saved = json.loads(save_result("grpo", result).read_text(encoding="utf-8"))
-        write_section("grpo", f"## Reinforcement beside TRL\n\n{table(saved)}\n\n{described(saved)}")
+        saved = json.loads(save_result(f"grpo_{options.precision}", result).read_text(encoding="utf-8"))
+        write_section(
+            f"grpo_{options.precision}",
+            f"## Reinforcement beside TRL, in {options.precision}\n\n{table(saved)}\n\n{described(saved)}",
+        )
 
 
 if __name__ == "__main__":

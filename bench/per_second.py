@@ -11,6 +11,11 @@ from bench.contestants import Contestant
 WARMUP = 2  # steps that are not timed
 
 
+def chosen(everyone: Sequence[Contestant], words: Sequence[str]) -> list[Contestant]:
+    """The first (plain Tunery), and those whose names begin with one of the words."""
+    return [everyone[0], *(one for one in everyone[1:] if any(one.name.startswith(word) for word in words))]
+
+
 def per_second(run: dict[str, Any], per_step: int) -> float:
     """Of the steps after the warm-up, `per_step` each. Of a shorter run, all."""
     timed = run["steps"][WARMUP:] or run["steps"]

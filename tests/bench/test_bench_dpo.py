@@ -27,5 +27,7 @@ def test_the_table_compares_with_tunery_and_says_what_sharing_saves():
 
 
 def test_the_contestants_have_names_of_their_own():
-    names = [one.name for one in contestants()]
-    assert names[0] == "tunery-bf16" and len(set(names)) == len(names)
+    for precision in ("bf16", "fp32"):
+        names = [one.name for one in contestants(precision)]
+        assert names[0] == f"tunery-{precision}" and len(set(names)) == len(names) > 1
+        assert {one.precision for one in contestants(precision)} == {precision}

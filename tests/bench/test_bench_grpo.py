@@ -26,8 +26,10 @@ def test_samples_are_prompts_times_answers():
 
 
 def test_the_contestants_have_names_of_their_own_and_the_same_job():
-    names = [one.name for one in contestants()]
-    assert names[0] == "tunery-bf16" and len(set(names)) == len(names)
+    for precision in ("bf16", "fp32"):
+        names = [one.name for one in contestants(precision)]
+        assert names[0] == f"tunery-{precision}" and len(set(names)) == len(names) > 1
+        assert {one.precision for one in contestants(precision)} == {precision}
     spec = Prompts(JOBS["A"], Path("nowhere"), [], [], 0.0).spec()
     assert spec["sections"]["rollout"] == {"group": spec["job"]["group"], "max_new_tokens": spec["job"]["longest"]}
     assert spec["sections"]["rewards"][0]["target"] == spec["job"]["wanted"]
