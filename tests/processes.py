@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_runs import tiny_job
+from tunery.job import Job
 from tunery.run_folder import write_config
 
 
@@ -49,3 +51,12 @@ def run_on_two_ranks(*words: object) -> tuple[int, str]:
     )  # fmt: skip
     text, _ = process.communicate(timeout=240)
     return process.returncode, text
+
+
+def runs_on_two_ranks(folder: Path, *jobs: Job) -> tuple[int, str]:
+    """The jobs one after the other, by two ranks that are started once: most of the time goes into starting. Returns
+    their exit status and what they said."""
+    files = [folder / f"two-ranks-{number}.json" for number in range(len(jobs))]
+    for file, job in zip(files, jobs, strict=True):
+        file.write_text(json.dumps(job.model_dump(mode="json")), encoding="utf-8")
+    return run_on_two_ranks(Path(__file__).with_name("rank_runs.py"), *files)

@@ -1,4 +1,4 @@
-"""What torchrun starts in objectives/test_whole_runs.py: several jobs, one after the other, in the same ranks."""
+"""What torchrun starts for processes.runs_on_two_ranks: several jobs, one after the other, in the same ranks."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from tiny_runs import final_weights, losses, same, tiny_job, write_rows
 from tunery import fallback, loop
 from tunery.checkpoint import load_state
 from tunery.errors import OutOfMemoryError
+from tunery.evaluate import held_out
 from tunery.fallback import Rung, attempt, out_of_memory, resumed
 from tunery.loop import run_job
 from tunery.models.parts import layer_list
@@ -257,13 +258,13 @@ def test_a_rehearsed_run_is_the_same_bit_for_bit(tmp_path, monkeypatch, changes)
 def test_the_rehearsal_is_of_the_largest_stream_and_everything_after_is_cut_to_fit(tmp_path, monkeypatch):
     seen = limit(monkeypatch, lambda policy, batch: batch.n_tokens > 100)
     evaluated = []
-    plain_streams = loop.evaluation_steps
+    plain_streams = held_out.evaluation_steps
 
     def streams(store: Any, how: Any) -> Any:
         evaluated.append(how.budget)
         return plain_streams(store, how)
 
-    monkeypatch.setattr(loop, "evaluation_steps", streams)
+    monkeypatch.setattr(held_out, "evaluation_steps", streams)
     monkeypatch.setattr(loop, "REHEARSED", ("cpu",))
     job = tiny_job(tmp_path, train={"micro_tokens": 100_000})
     write_rows(tmp_path / "train.jsonl", 24)

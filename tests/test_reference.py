@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 import tunery.loop
-from test_process import job_file, start, train
+from processes import runs_on_two_ranks
 from tiny_runs import WORDS, losses, tiny_job
 from tunery.config import build
 from tunery.data.loader import Loader
@@ -30,6 +29,7 @@ from tunery.reference import FILES, START, keep_reference, rows_to_come
 from tunery.setup import Run, load_start, read_data, resolve, set_up
 
 LN2 = math.log(2)
+MODES = ("live", "cached")
 
 
 def write_pairs(path: Path, count: int, start: int = 0) -> Path:
@@ -93,7 +93,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {  # and whether it starts fr
 }
 
 
-@pytest.mark.parametrize("mode", ["live", "cached"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_reference_is_the_start_whatever_has_moved_since(tmp_path, name, dtype, mode):
@@ -147,7 +147,7 @@ def test_the_reference_is_what_peft_reads(tmp_path, before):
     assert not before or np.abs(found.numpy() - of_base).max() > 0.1
 
 
-@pytest.mark.parametrize("mode", ["live", "cached"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_a_run_from_an_adapter_starts_at_ln_2(tmp_path, adapter, mode):
     """Margins are 0 at step 1, which they would not be against the base."""
@@ -203,7 +203,7 @@ def kill_before(step: int, monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
 @pytest.mark.parametrize(
     "gone", [(), tuple(FILES.values()), (START, *FILES.values())], ids=["there", "gone", "all gone"]
 )
-@pytest.mark.parametrize("mode", ["live", "cached"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("adapter", ["lora", "pissa", "full"])
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, monkeypatch, adapter, mode, gone):
     """The reference of the rest is that of the start, from its files or made again."""
@@ -235,7 +235,7 @@ def test_a_resumed_run_may_take_the_other_way(tmp_path, monkeypatch):
     assert losses(cut.output) == pytest.approx(losses(whole.output), rel=1e-9)
 
 
-@pytest.mark.parametrize("mode", ["live", "cached"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_checkpoint_of_a_run_that_started_elsewhere_is_refused(tmp_path, mode):
     """Or the reference would be the base, silently. From the same start, another folder goes on as the first did."""
     begun = {"init_from": first_adapter(tmp_path)}
@@ -309,7 +309,7 @@ def test_an_interrupted_pass_leaves_no_half_a_file(tmp_path, monkeypatch):
     assert losses(job.output)[0] == pytest.approx(LN2)
 
 
-@pytest.mark.parametrize("mode", ["live", "cached"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_is_not_finite_can_be_replayed(tmp_path, mode):
     from tunery.replay import replay
 
@@ -332,25 +332,21 @@ def test_the_start_is_made_again_as_it_was(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["live", "cached"])
-def test_two_ranks_take_the_same_steps_as_one(tmp_path, mode):
-    pair_job(tmp_path)
-    changes = {"data": {"train": str(tmp_path / "pairs.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}}
-    path = job_file(
-        tmp_path, **changes, objective={"kind": "dpo", "reference": mode},
-        train={"epochs": 2, "batch_size": 7, "micro_tokens": 100},
-    )  # fmt: skip
-    train(path, f"output={tmp_path / 'one'}")
-    process = start(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29_200 + os.getpid() % 90,
-        "-m", "tunery", "train", path, f"output={tmp_path / 'two'}",
-    )  # fmt: skip
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-11)
-    evaluations = [json.loads((tmp_path / n / "eval_results.json").read_text()) for n in ("one", "two")]
-    for key, value in evaluations[0].items():
-        assert "runtime" in key or value == pytest.approx(evaluations[1][key], rel=1e-9), key
+def test_two_ranks_take_the_same_steps_as_one(tmp_path):
+    def jobs(ranks: str) -> list[Job]:
+        train = {"epochs": 2, "batch_size": 7}
+        return [pair_job(tmp_path, mode, train=train, output=str(tmp_path / f"{mode}-{ranks}")) for mode in MODES]
+
+    for job in jobs("one"):
+        run_job(job)
+    status, text = runs_on_two_ranks(tmp_path, *jobs("two"))
+    assert status == 0, text
+    for mode in MODES:
+        one, two = tmp_path / f"{mode}-one", tmp_path / f"{mode}-two"
+        assert losses(two) == pytest.approx(losses(one), rel=1e-11)
+        evaluations = [json.loads((run / "eval_results.json").read_text()) for run in (one, two)]
+        for key, value in evaluations[0].items():
+            assert "runtime" in key or value == pytest.approx(evaluations[1][key], rel=1e-9), key
 
 
 def test_what_a_preference_run_leaves_to_be_read(tmp_path):

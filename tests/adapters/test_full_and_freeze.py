@@ -69,6 +69,6 @@ def test_full_trains_everything_in_float32_and_decays_matrices_only():
     adapter = full.Adapter(full.Config())
     model = adapter.apply(tiny_model("gpt2", torch.bfloat16))
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    groups = parameter_groups(model, adapter, lr=1e-4, weight_decay=0.1)
+    groups = parameter_groups(model, adapter, lr=1e-4, weight_decay=0.1, beside={})
     assert {(g["weight_decay"], p.ndim >= 2) for g in groups for p in g["params"]} == {(0.1, True), (0.0, False)}
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))

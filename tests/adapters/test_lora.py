@@ -105,7 +105,7 @@ def test_start_from_an_adapter_takes_its_shape_and_weights(tmp_path):
 
 def test_lora_plus_and_decay_make_groups():
     adapter, model = applied({"loraplus_ratio": 16.0})
-    groups = parameter_groups(model, adapter, lr=1e-4, weight_decay=0.1)
+    groups = parameter_groups(model, adapter, lr=1e-4, weight_decay=0.1, beside={})
     assert sorted(g["lr"] for g in groups) == pytest.approx([1e-4, 16e-4])
     names = {id(p): n for n, p in model.named_parameters()}
     for group in groups:

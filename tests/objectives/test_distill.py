@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from processes import job_file, train, train_on_two_ranks
+from processes import runs_on_two_ranks
 from tiny_models import random_sequences, tiny_model
 from tiny_runs import final_weights, losses, model_folder, tiny_job, write_pairs
 from tunery.data.collate import collate
@@ -306,13 +306,11 @@ def test_with_rewards_they_are_what_counts(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own", [False, True], ids=["answers of the data", "on_policy"])
-def test_two_ranks_take_the_same_steps_as_one(tmp_path, own):
-    changes = on_policy(tmp_path)
-    changes["objective"]["on_policy"] = own
-    path = job_file(tmp_path, **changes)
-    train(path, f"output={tmp_path / 'one'}")
-    status, text = train_on_two_ranks(path, f"output={tmp_path / 'two'}")
+def test_two_ranks_take_the_same_steps_as_one(tmp_path):
+    """On the student's own answers. (test_whole_runs.py has those of the data.)"""
+    run_job(tiny_job(tmp_path, **on_policy(tmp_path), output=str(tmp_path / "one")))
+    both = tiny_job(tmp_path, **on_policy(tmp_path), output=str(tmp_path / "two"))
+    status, text = runs_on_two_ranks(tmp_path, both)
     assert status == 0, text
     one, two = tmp_path / "one", tmp_path / "two"
     assert losses(two) == pytest.approx(losses(one), rel=1e-10) and len(losses(one)) == 4

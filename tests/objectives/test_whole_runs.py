@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from processes import run_on_two_ranks
+from processes import runs_on_two_ranks
 from tiny_runs import WORDS, losses, same, tiny_job
 from tunery.job import Job
 from tunery.loop import run_job
@@ -97,15 +97,14 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, name, at):
 
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one(tmp_path):
-    """The last step of each epoch is a single row, so that one of the ranks has none. Two processes are started once
-    for all objectives: most of the time goes into starting."""
-    files = []
-    for name in OBJECTIVES:
-        run_job(job(tmp_path, name, f"{name}-one", train={"batch_size": 19}))
-        files.append(tmp_path / f"{name}.json")
-        made = job(tmp_path, name, f"{name}-two", train={"batch_size": 19})
-        files[-1].write_text(json.dumps(made.model_dump(mode="json")))
-    status, text = run_on_two_ranks(Path(__file__).parents[1] / "rank_runs.py", *files)
+    """The last step of each epoch is a single row, so that one of the ranks has none."""
+    alone, both = (
+        [job(tmp_path, name, f"{name}-{ranks}", train={"batch_size": 19}) for name in OBJECTIVES]
+        for ranks in ("one", "two")
+    )
+    for made in alone:
+        run_job(made)
+    status, text = runs_on_two_ranks(tmp_path, *both)
     assert status == 0, text
     for name in OBJECTIVES:
         one, two = measured(tmp_path / f"{name}-one"), measured(tmp_path / f"{name}-two")
