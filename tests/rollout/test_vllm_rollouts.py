@@ -50,7 +50,8 @@ def stand_in(monkeypatch):
 def run(folder, generator, **changes):
     """A run of float32, by either generator, and its folder."""
     rollout = {"generator": generator, "minibatches": 2, **changes.pop("rollout", {})}
-    run_job(job(folder, generator, rollout=rollout, model={"dtype": "float32"}, **changes))
+    model = {"dtype": "float32", **changes.pop("model", {})}
+    run_job(job(folder, generator, rollout=rollout, model=model, **changes))
     return folder / generator
 
 
@@ -183,9 +184,8 @@ def test_what_the_engine_holds_is_not_planned_for_training(tmp_path, changes, le
 
 def test_an_engine_that_wakes_must_fit_beside_what_training_keeps(tmp_path, stand_in):
     """The device is as large as training needs, so an engine of nine tenths of it has no room."""
-    made = job(
-        tmp_path, rollout={"generator": "vllm", "vllm_sleep": True, "vllm_memory": 0.9}, adapter={"kind": "full"}
-    )
+    rollout = {"generator": "vllm", "vllm_sleep": True, "vllm_memory": 0.9}
+    made = job(tmp_path, rollout=rollout, adapter={"kind": "full"}, model={"dtype": "float32"})
     read, device = read_data(made), this_device("cpu")
     asked, rows = planned(made, read)
     alone = make_plan(Planner(asked, rows, device))
@@ -205,7 +205,7 @@ def test_a_run_from_other_weights_has_an_engine_of_their_shape(tmp_path, stand_i
     config = json.loads((other / "config.json").read_text())
     config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": 50.0}
     (other / "config.json").write_text(json.dumps(config))
-    changes = {"model": {"dtype": "float32", "init_from": str(other)}, "train": {"max_steps": 2}}
+    changes = {"model": {"init_from": str(other)}, "train": {"max_steps": 2}}
     mine, theirs = run(tmp_path, "vllm", **changes), run(tmp_path, "hf", **changes)
     assert completions(mine) == completions(theirs)
     assert max(logged(mine, "rollout/difference")) < 1e-5
