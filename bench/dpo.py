@@ -45,11 +45,10 @@ def contestants(precision: str) -> list[Contestant]:
     switched off by TRL itself.)"""
     plain, dtype = {**PLAIN, "bf16": precision == "bf16"}, {"bf16": "bfloat16", "fp32": "float32"}[precision]
     ahead = {"precompute_ref_log_probs": True}
-    grouped = {"train_sampling_strategy": "group_by_length"}
 
     def trl(name: str, about: str, arguments: dict[str, Any], dtype: str = dtype) -> Contestant:
         settings = {"dtype": dtype, "arguments": arguments}
-        return Contestant(f"trl-{name}", "trl_dpo", about, precision, settings, arguments.keys().isdisjoint(grouped))
+        return Contestant(f"trl-{name}", "trl_dpo", about, precision, settings)
 
     as_it_comes = [] if precision == "fp32" else [
         trl("default-cpu", "as it comes, with use_cpu: bf16 autocast, checkpointing on", {"use_cpu": True}, "float32")
@@ -59,8 +58,7 @@ def contestants(precision: str) -> list[Contestant]:
         tunery(precision, f"tunery-{precision}-unshared", ["train.share_prompts=false"], "each prompt twice"),
         *as_it_comes,
         trl(precision, f"{precision}, checkpointing off", plain),
-        trl(f"{precision}-grouped", "the same, group_by_length", {**plain, **grouped}),
-        trl(f"{precision}-ahead", "the same in order, the reference precomputed", {**plain, **ahead}),
+        trl(f"{precision}-ahead", "the same, the reference precomputed", {**plain, **ahead}),
     ]  # fmt: skip
 
 

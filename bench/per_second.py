@@ -12,7 +12,11 @@ WARMUP = 2  # steps that are not timed
 
 
 def chosen(everyone: Sequence[Contestant], words: Sequence[str]) -> list[Contestant]:
-    """The first (plain Tunery), and those whose names begin with one of the words."""
+    """The first (plain Tunery), and those whose names begin with one of the words. Raises ValueError for a beginning
+    that nobody has."""
+    for word in words:
+        if not any(one.name.startswith(word) for one in everyone):
+            raise ValueError(f"no rival {word!r}; there are {', '.join(one.name for one in everyone)}")
     return [everyone[0], *(one for one in everyone[1:] if any(one.name.startswith(word) for word in words))]
 
 

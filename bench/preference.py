@@ -90,7 +90,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _row(model: str, rows: str, seed: str, pairs: list[tuple[dict[str, float], dict[str, float]]], seconds: str) -> str:
-    """Before any training all rewards are 0, and nothing is told apart."""
+    """Before any training all rewards are 0: no pair is told apart, and of thumbs those that are down."""
 
     def move(name: str, scale: float = 1.0, digits: int = 3) -> str:
         first, last = (scale * sum(pair[i][name] for pair in pairs) / len(pairs) for i in (0, 1))

@@ -71,11 +71,13 @@ def without_paths(arguments: Sequence[str]) -> list[str]:
     places = {"--python": "PYTHON", "--llamafactory": "PYTHON", "--assets": "FOLDER"}
     words = list(arguments)
     for number, word in enumerate(words):
-        name, joined, _ = word.partition("=")
+        name, joined, value = word.partition("=")
         if name in places and joined:
             words[number] = f"{name}={places[name]}"
         elif name in places and number + 1 < len(words):
             words[number + 1] = places[name]
+        elif value.startswith("/"):
+            words[number] = f"{name}={Path(value).name}"
         elif word.startswith("/"):
             words[number] = Path(word).name
     return words

@@ -9,11 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 HTML = object()  # a reply that is no JSON
+BROKEN = object()  # one that ends before its announced length
 
 
 class JsonServer:
     """Replies in order, the last one again and again: anything JSON, a function of the body that gives it, an int for a
-    status, a float for seconds before it says null, or HTML. `requests` are (path, headers, body)."""
+    status, a float for seconds before it says null, HTML or BROKEN. `requests` are (path, headers, body)."""
 
     def __init__(self, *replies: Any):
         self.replies, self.requests = list(replies), []
@@ -32,7 +33,12 @@ class JsonServer:
                     outer.waiting.wait(reply)
                     reply = None
                 self.send_response(reply if type(reply) is int else 200)
+                if reply is BROKEN:
+                    self.send_header("Content-Length", "500")
                 self.end_headers()
+                if reply is BROKEN:
+                    self.wfile.write(b'{"choices": ')
+                    return
                 said = "not now" if type(reply) is int else reply
                 self.wfile.write(b"<html>" if reply is HTML else json.dumps(said).encode())
 

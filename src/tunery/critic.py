@@ -91,7 +91,10 @@ class Critic:
         start = there if there is not None and (resumed or (there / ADAPTER).is_file()) else None
         engine.seed(job.train.seed, 0)
         self.base, self.adapter = source.name, build("adapters", job.adapter)
-        wrapped = self.adapter.apply(scorer, None if resumed else start, start if resumed else None)
+        try:
+            wrapped = self.adapter.apply(scorer, None if resumed else start, start if resumed else None)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (objective.value: separate has a scalar in place of the head)") from None
         engine.same_weights(p for p in wrapped.parameters() if p.requires_grad)
         if job.train.checkpointing != "none":
             recompute(wrapped, job.train.checkpointing)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tunery.errors import ConfigError
+from tunery.errors import ConfigError, TuneryError
 
 DTYPES = {
     "float64": torch.float64,
@@ -78,6 +78,8 @@ class Engine:
         self.is_main = self.rank == 0
         self.dtype = self._dtype(dtype)
         self.lag = 1 if self.device.type == "cuda" else 0
+        if self.world > 1 and not dist.is_initialized():
+            raise TuneryError("an earlier run of this process failed and left the other ranks; start all of them anew")
         # Numbers that are on the host anyway are exchanged there: through NCCL they would wait for the device.
         apart = self.world > 1 and dist.get_backend() != "gloo"
         self._hosts: Any = dist.new_group(backend="gloo") if apart else None

@@ -34,6 +34,7 @@ from tunery.models.target import load_adapter
 from tunery.observe import state_of
 from tunery.reference import drop_reference, keep_reference
 from tunery.report import NullReport, Report
+from tunery.rollout.build import check_generator
 from tunery.rollout.rollouts import Rollouts
 from tunery.run_folder import (
     REFUSED,
@@ -81,6 +82,7 @@ def run_job(job: Job, console: Any = None) -> Result:
     """Train, evaluate and report, on this rank. Raises TuneryError; Interrupted after Ctrl-C."""
     output = Path(job.output)
     first_rank = int(os.environ.get("RANK", "0")) == 0
+    check_generator(job)
     if first_rank:
         check_room(output, 0)
     read = read_data(job, console if first_rank else None)
@@ -109,7 +111,8 @@ def run_job(job: Job, console: Any = None) -> Result:
             with _make_report(run, console) as report:
                 return train(run, report)
     except BaseException:
-        engine.leave()  # those who wait for this rank would wait for long
+        if engine.world > 1:
+            engine.leave()  # those who wait for this rank would wait for long
         raise
     finally:
         if read.rewards is not None:

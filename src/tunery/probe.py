@@ -51,7 +51,8 @@ def probe(job: Job, read: Read, micro_tokens: int, rung: str, steps: int = STEPS
         fell_to = None if train == asked else (run.cut.budget, train.checkpointing)
         return Measured([streams for streams, _ in done], [seconds for _, seconds in done], _peak(engine), fell_to)
     except BaseException:
-        engine.leave()
+        if engine.world > 1:
+            engine.leave()
         raise
 
 

@@ -156,7 +156,7 @@ def _saved_cut(job: Job) -> tuple[int, str] | None:
 def _chosen_cut(job: Job, engine: Engine, read: Read | None) -> tuple[int, str]:
     """The same by plan, for the rank with the least memory."""
     job, rows = planned(job, read)
-    device = for_training(this_device(engine.device.type), job, read)
+    device = for_training(this_device(engine.device.type), job)
     memory = min(engine.gather(device.memory))
     if device.kind == "cpu":
         memory //= engine.world
@@ -176,9 +176,9 @@ def planned(job: Job, read: Read | None) -> tuple[Job, TokenStore | AssumedRows]
     return job.model_copy(update={"train": train}), AssumedRows(answers, longest)
 
 
-def for_training(device: Device, job: Job, read: Read | None) -> Device:
+def for_training(device: Device, job: Job) -> Device:
     """The device without the memory that a generator of rollouts takes for itself."""
-    if read is None or read.rewards is None:
+    if not generates(build("objectives", job.objective)):
         return device
     return replace(device, memory=int(device.memory * job.rollout.left))
 
@@ -431,6 +431,11 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
     policy.teacher = load_teacher(job, engine)
     start = Path(job.model.init_from) if job.model.init_from else None
     critic = give_values(job, read.objective, policy, engine, resume or start, resumed=resume is not None)
+    beside = trained_beside(policy, critic)
+    groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay, beside)
+    optimizer = build("optimizers", job.optimizer, groups)
+    if resume is not None:
+        checkpoint.load_optimizer(resume, optimizer)
     assert job.train.micro_tokens is not None
     share = shares_prompts(job, read, policy, engine)
     cut = Cut(job.train.micro_tokens, job.train.packing, engine.rank, engine.world, share)
@@ -444,11 +449,6 @@ def set_up(job: Job, engine: Engine, read: Read, resume: Path | None) -> Run:
             loader.load(resume)
     else:
         loader, total = make_loader(job, read.data, cut)
-    beside = trained_beside(policy, critic)
-    groups = parameter_groups(model, adapter, job.optimizer.lr, job.optimizer.weight_decay, beside)
-    optimizer = build("optimizers", job.optimizer, groups)
-    if resume is not None:
-        checkpoint.load_optimizer(resume, optimizer)
     return Run(
         job, engine, Path(job.output), read.tokenizer, read.template, read.data, read.objective, adapter, model,
         policy, optimizer, [group["lr"] for group in groups], loader, cut, total, base_dtype, resume,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from bench.contestants import Contestant
-from bench.per_second import per_second, spread, summarise, table
+from bench.per_second import chosen, per_second, spread, summarise, table
 
 
 def run(seconds: float) -> dict:
@@ -25,6 +25,14 @@ def test_rounds_are_compared_with_those_of_the_same_number():
     assert "| theirs | plain | 2.00 | 20 | 3.00 x (2.00 to 4.00) | 1.00 GiB | 0.7000 to 0.7000 | 0.5 |" in table(
         lines, "samples"
     )
+
+
+def test_a_rival_that_nobody_is_is_refused():
+    field = [Contestant(name, "x", "plain", "bf16") for name in ("tunery-bf16", "trl-bf16", "trl-fast")]
+    assert [one.name for one in chosen(field, ["trl-b"])] == ["tunery-bf16", "trl-bf16"]
+    assert chosen(field, [""]) == field
+    with pytest.raises(ValueError, match="no rival 'trl-bf61'"):
+        chosen(field, ["trl-bf61"])
 
 
 def test_one_round_has_no_spread():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from bench.results_page import HEAD, described, save_result, write_section
+from bench.results_page import HEAD, described, save_result, without_paths, write_section
 
 
 def test_sections_are_added_and_replaced_alone(tmp_path):
@@ -34,3 +34,10 @@ def test_a_result_says_where_it_is_from(tmp_path):
     assert result["seconds"] == 1.5
     assert {"machine", "versions", "command", "date"} < set(result)
     assert result["machine"] in described(result) and result["versions"]["python"] in described(result)
+
+
+def test_a_command_has_no_paths_of_this_machine():
+    words = ["--python", "/a/python", "--assets=/a/b", "/rows/x.json", "model.name=/m/tiny", "lr=1e-4", "a/b.yaml"]
+    assert without_paths(words) == [
+        "--python", "PYTHON", "--assets=FOLDER", "x.json", "model.name=tiny", "lr=1e-4", "a/b.yaml",
+    ]  # fmt: skip

@@ -138,7 +138,7 @@ def test_damage_is_found(tmp_path):
             TokenStore.load(folder)
 
 
-def test_the_fingerprint_is_of_the_tokens_alone(tmp_path):
+def test_the_fingerprint_does_not_depend_on_where_the_rows_came_from(tmp_path):
     made = store()
     elsewhere = pack_store([Chunk([example], [(5, 0, 9)]) for example in EXAMPLES], ["c.jsonl"])
     floats = store()

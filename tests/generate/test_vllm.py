@@ -195,7 +195,7 @@ def test_what_vllm_cannot_do_is_said_before_anything_is_loaded(stand_in):
 def test_without_vllm_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"vllm is not installed. Install it with: pip install 'tunery\[vllm\]'"):
-        ours.check(Sampling(temperature=1.0), "auto")
+        ours.check_installed()
 
 
 def test_an_engine_for_another_device_is_refused(stand_in, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from json_server import HTML, JsonServer
+from json_server import BROKEN, HTML, JsonServer
 from tunery.errors import ConfigError, RewardError
 from tunery.rewards import _http, judge
 from tunery.types import Answer, Message
@@ -58,8 +58,8 @@ def test_the_last_score_counts_and_what_is_asked_is_all_there(serve, monkeypatch
 
 
 def test_a_busy_server_is_asked_again(serve):
-    server = serve(429, 503, HTML, "Score: 5")
-    assert ask(server) == [0.5] and len(server.requests) == 4
+    server = serve(429, 503, HTML, BROKEN, "Score: 5")
+    assert ask(server) == [0.5] and len(server.requests) == 5
 
 
 def test_what_never_comes_names_the_row_or_gets_a_score(serve):

@@ -175,6 +175,31 @@ def test_a_copy_of_its_own_where_the_base_is_not_the_same_any_more(place):
         assert not storages(reward.model.policy.model).keys() & storages(there.model).keys()  # type: ignore[union-attr]
 
 
+def test_an_adapter_with_biases_leaves_the_policys_alone(tmp_path):
+    """PEFT puts them into the base in place."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
+
+    source = model_folder(tmp_path / "model")
+    config = Qwen2Config(**{
+        **AutoConfig.from_pretrained(source).to_dict(), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]
+    })  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(source)
+    policy = host(source)
+    scorer = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
+    trained = get_peft_model(scorer, LoraConfig(task_type="SEQ_CLS", bias="lora_only", target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if name.endswith("bias"):
+                parameter += 1.0
+    trained.save_pretrained(tmp_path / "reward")
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    reward = Reward(Config(target=str(tmp_path / "reward")))
+    (note,) = reward.load(policy)
+    assert "its adapter has biases of the base" in note
+    assert all(p.equal(before[name]) for name, p in policy.model.named_parameters())
+
+
 def test_another_base_is_nothing_to_tell(place, tmp_path):
     other = model_folder(tmp_path / "other")
     reward = Reward(config(place))

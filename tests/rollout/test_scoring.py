@@ -64,7 +64,7 @@ def test_numbers_of_any_kind_are_numbers(made):
     assert [sample.reward for sample in scored] == [None, None]
 
 
-@pytest.mark.parametrize("returns", ["[1.0]", "None", "['a'] * n", "1 / 0", "[[1.0]] * n", "[1.0] * 3"])
+@pytest.mark.parametrize("returns", ["[1.0]", "None", "['a'] * n", "['0.5'] * n", "1 / 0", "[[1.0]] * n", "[1.0] * 3"])
 def test_everything_else_is_one_error(made, returns):
     with pytest.raises(RewardError, match=r"^rewards: (inside|apart) .*rows.jsonl:1|expected a list with one number"):
         made(returns).score(samples())

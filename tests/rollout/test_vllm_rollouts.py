@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch
 from test_rollouts import OBJECTIVES, job, lines, logged, weights, write_prompts
 
 from processes import train, train_on_two_ranks
-from tiny_runs import final_weights, losses
+from tiny_runs import final_weights, losses, tiny_job
 from tunery.devices import this_device
 from tunery.errors import ConfigError, ModelError
 from tunery.generate.vllm import VLLMGenerator
 from tunery.loop import run_job
+from tunery.plan.bill import make_plan
 from tunery.plan.command import plan_job
-from tunery.setup import Read, for_training
+from tunery.plan.planner import Planner
+from tunery.setup import for_training, planned, read_data
 
 STAND_INS = Path(__file__).resolve().parents[1] / "stand_ins"
 ADAPTERS = {
@@ -47,7 +50,8 @@ def stand_in(monkeypatch):
 def run(folder, generator, **changes):
     """A run of float32, by either generator, and its folder."""
     rollout = {"generator": generator, "minibatches": 2, **changes.pop("rollout", {})}
-    run_job(job(folder, generator, rollout=rollout, model={"dtype": "float32"}, **changes))
+    model = {"dtype": "float32", **changes.pop("model", {})}
+    run_job(job(folder, generator, rollout=rollout, model=model, **changes))
     return folder / generator
 
 
@@ -173,10 +177,38 @@ def test_an_engine_for_another_device_is_refused_before_the_model_loads(tmp_path
 def test_what_the_engine_holds_is_not_planned_for_training(tmp_path, changes, left):
     made = job(tmp_path, rollout={"generator": "vllm", "vllm_memory": 0.4, **changes})
     device = replace(this_device("cpu"), memory=1000)
-    read = Read(None, None, None, None, rewards=object())  # type: ignore[arg-type]
-    assert for_training(device, made, read).memory == 1000 * left
-    read.rewards = None  # no rollouts
-    assert for_training(device, made, read).memory == 1000
+    assert for_training(device, made).memory == 1000 * left
+    without_rollouts = tiny_job(tmp_path, rollout={"generator": "vllm", "vllm_memory": 0.4, **changes})
+    assert for_training(device, without_rollouts).memory == 1000
+
+
+def test_an_engine_that_wakes_must_fit_beside_what_training_keeps(tmp_path, stand_in):
+    """The device is as large as training needs, so an engine of nine tenths of it has no room."""
+    rollout = {"generator": "vllm", "vllm_sleep": True, "vllm_memory": 0.9}
+    made = job(tmp_path, rollout=rollout, adapter={"kind": "full"}, model={"dtype": "float32"})
+    read, device = read_data(made), this_device("cpu")
+    asked, rows = planned(made, read)
+    alone = make_plan(Planner(asked, rows, device))
+    kept = alone.memory.weights + alone.memory.optimizer + device.overhead
+    for memory, fits in ((alone.memory.total + 1, False), (11 * kept, True)):
+        there = Planner(asked, rows, replace(device, memory=memory))
+        plan = make_plan(there, (alone.micro_tokens, alone.checkpointing))
+        assert plan.memory.total <= memory and plan.fits == fits
+    assert read.rewards is not None
+    read.rewards.close()
+
+
+def test_a_run_from_other_weights_has_an_engine_of_their_shape(tmp_path, stand_in):
+    """Other rotary frequencies fit every tensor; only the answers would show them."""
+    job(tmp_path)  # makes the model
+    other = shutil.copytree(tmp_path / "model", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": 50.0}
+    (other / "config.json").write_text(json.dumps(config))
+    changes = {"model": {"init_from": str(other)}, "train": {"max_steps": 2}}
+    mine, theirs = run(tmp_path, "vllm", **changes), run(tmp_path, "hf", **changes)
+    assert completions(mine) == completions(theirs)
+    assert max(logged(mine, "rollout/difference")) < 1e-5
 
 
 def test_a_plan_says_what_the_engine_takes(tmp_path, stand_in):

@@ -21,7 +21,8 @@ def held_out(run: Run, report: Report | NullReport, step: int) -> float:
 
     It is the objective's loss, the mean by tokens. Where answers are generated, they are the likeliest ones to the
     held-out prompts: it is then their mean reward with its sign turned, or, without rewards, the loss on them of an
-    objective that needs none. With both, that loss is among the other numbers."""
+    objective that needs none. With both, the loss's other metrics are among the
+    numbers."""
     if run.data.eval is None:
         return math.inf
     cut = replace(run.cut, budget=min(run.cut.budget, run.eval_tokens or run.cut.budget))

@@ -74,7 +74,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None, unifor
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     if not sampling.top_k and sampling.top_p == 1:  # nothing is left out, so nothing has to be in order
-        return _drawn((logits_BV / sampling.temperature).double().softmax(-1), uniforms_B)
+        return _drawn((logits_BV / sampling.temperature).softmax(-1), uniforms_B)
     logits_BV, order_BV = torch.sort(logits_BV / sampling.temperature, dim=-1, descending=True, stable=True)
     if sampling.top_k:
         logits_BV, order_BV = logits_BV[:, : sampling.top_k], order_BV[:, : sampling.top_k]
@@ -86,13 +86,11 @@ def choose(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None, unifor
 
 def _drawn(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Places drawn by their probabilities (which need not sum to 1), int64 [B]."""
-    cumulative_BV = probs_BV.cumsum(-1)
-    target_B1 = uniforms_B.to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
-    place_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    # Rounding may put the number at the very end, past the last place that has a probability.
-    places_V = torch.arange(probs_BV.shape[-1], device=probs_BV.device)
-    last_B1 = torch.where(probs_BV > 0, places_V, 0).amax(-1, keepdim=True)
-    return torch.minimum(place_B1, last_B1)[:, 0]
+    cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    whole_B1 = cumulative_BV[:, -1:].contiguous()
+    place_B1 = torch.searchsorted(cumulative_BV, uniforms_B.to(cumulative_BV)[:, None] * whole_B1, right=True)
+    # Rounding may put the number at the very end, past the last place that has a probability: the first that has all.
+    return torch.minimum(place_B1, torch.searchsorted(cumulative_BV, whole_B1))[:, 0]
 
 
 def logps_of(logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:

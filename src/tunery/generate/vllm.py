@@ -16,6 +16,7 @@ has run it. What of vLLM is relied on:
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 import os
@@ -29,7 +30,7 @@ from tunery.errors import ConfigError, ModelError
 from tunery.generate.base import Request, Sampling
 from tunery.generate.detokenize import decode
 from tunery.generate.exchange import completion_of, context_of, ends_of, limit_of, numbers_of, prompts_of
-from tunery.models.load import ModelConfig, resolve_name
+from tunery.models.load import ModelConfig, base_source, resolve_name
 from tunery.models.parts import unwrap
 from tunery.models.weights import checkpoint_weights, ties_apart
 from tunery.types import Completion
@@ -39,15 +40,19 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def check(sampling: Sampling, dtype: str) -> None:
-    """Raises ConfigError where vLLM is not installed, or cannot answer like that and say the probabilities. `dtype`:
-    model.dtype. Loads nothing."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("rollout.generator: vllm is not installed. Install it with: pip install 'tunery[vllm]'")
+    """Raises ConfigError where vLLM cannot answer like that and say the probabilities. `dtype`: model.dtype. Loads
+    nothing, and needs no vLLM."""
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"model.dtype: {dtype}, but vLLM computes in {', '.join(DTYPES)}; use rollout.generator: hf")
     if 0 < sampling.temperature < COLDEST:
         raise ConfigError(f"rollout.temperature: {sampling.temperature}, but vLLM samples at {COLDEST} at least")
     logprobs_mode(sampling)
+
+
+def check_installed() -> None:
+    """Raises ConfigError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("rollout.generator: vllm is not installed. Install it with: pip install 'tunery[vllm]'")
 
 
 def check_device(kind: str) -> None:
@@ -106,9 +111,10 @@ class VLLMGenerator:
                 "the adapter changes one of the embeddings, which are one tensor in vLLM; leave them out of the "
                 "adapter, or use rollout.generator: hf"
             )
-        name = resolve_name(source.name)
+        weights = base_source(source)  # whose shape the policy has; the tokenizer is the named model's
         options: dict[str, Any] = {
-            "model": name, "tokenizer": name, "revision": source.revision, "tokenizer_revision": source.revision,
+            "model": resolve_name(weights.name), "tokenizer": resolve_name(source.name),
+            "revision": weights.revision, "tokenizer_revision": source.revision,
             "trust_remote_code": source.trust_remote_code, "load_format": "dummy", "generation_config": "vllm",
             "dtype": str(dtype).removeprefix("torch."), "max_model_len": self.context, "seed": seed,
             "tensor_parallel_size": 1, "gpu_memory_utilization": memory, "enable_sleep_mode": sleeps,
@@ -161,6 +167,7 @@ class VLLMGenerator:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+            gc.collect()  # an engine refers to itself
             self._free()
 
     def _free(self) -> None:

@@ -227,6 +227,13 @@ def is_reward_model(found: Target) -> bool:
     return json.loads((found.adapter / ADAPTER).read_text(encoding="utf-8")).get("task_type") == TASK
 
 
+def has_biases(found: Target) -> bool:
+    """Whether an adapter has trained biases of its base (PEFT's `bias`), which loading it would overwrite."""
+    if found.adapter is None:
+        return False
+    return json.loads((found.adapter / ADAPTER).read_text(encoding="utf-8")).get("bias", "none") != "none"
+
+
 def load_base(found: Target, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The model of a target, without its adapter; under that of a reward model with a head that the adapter has the
     weights of."""

@@ -73,7 +73,7 @@ def make_plan(planner: Planner, cut: tuple[int, str] | None = None) -> Plan:
     beside = _beside(planner, micro_tokens, rung)
     memory = replace(memory, weights=memory.weights + beside.memory)
     seconds, notes = planner.seconds(micro_tokens, rung) + beside.each_step, beside.notes
-    fits = memory.total <= device.memory
+    fits = max(memory.total, _awake(planner, memory)) <= device.memory
     if isinstance(rows, AssumedRows) and not job.rewards:  # answers to come are another matter (plan/command.py)
         notes.append(
             f"the rows are not read: each is taken to be {job.data.max_length} tokens (data.max_length), all trained on"
@@ -148,6 +148,15 @@ def _beside(planner: Planner, micro_tokens: int, rung: str) -> Beside:
         beside.useful, beside.executed = 1 - kept.saved, kept.executed
         beside.notes.append(kept.note)
     return beside
+
+
+def _awake(planner: Planner, memory: Memory) -> int:
+    """Bytes while an engine that sleeps during training (rollout.vllm_sleep) answers: what training keeps from step to
+    step, beside its own."""
+    rollout, device = planner.job.rollout, planner.device
+    if rollout.generator != "vllm" or not rollout.vllm_sleep or not planner.job.rewards:
+        return 0
+    return memory.weights + memory.optimizer + device.overhead + int(rollout.vllm_memory * device.memory)
 
 
 def _ladder(planner: Planner, fits: bool, micro_tokens: int, rung: str) -> list[Change]:

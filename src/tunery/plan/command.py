@@ -38,9 +38,9 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
     if probing and read is None:
         raise ConfigError(f"--probe: needs the rows ({note})")
     asked, rows = planned(job, read)
-    found = for_training(found, job, read)
+    whole, found = found.memory, for_training(found, job)
     if found.kind == "cpu":
-        found = replace(found, memory=found.memory // world)
+        whole, found = whole // world, replace(found, memory=found.memory // world)
     planner = Planner(asked, rows, found, world)
     plan = make_plan(planner)
     if world > 1:
@@ -50,9 +50,9 @@ def plan_job(job: Job, device: str | None = None, probing: bool = False, console
     if read is not None and read.rewards is not None:
         read.rewards.close()
         plan.notes.insert(0, "answers are taken to be as long as they may be; the time to generate them comes on top")
-        if job.rollout.left < 1:
-            share = f"{job.rollout.vllm_memory:.0%} of the device's memory"
-            plan.notes.insert(0, f"{share} is vLLM's (rollout.vllm_memory) and not in what this has")
+    if found.memory < whole:
+        share = f"{job.rollout.vllm_memory:.0%} of the device's memory"
+        plan.notes.insert(0, f"{share} is vLLM's (rollout.vllm_memory) and not in what this has")
     if probing and read is not None:
         try:
             plan = corrected(plan, planner, probe(job, read, plan.micro_tokens, plan.checkpointing))

@@ -12,7 +12,7 @@ from tunery.job import Job
 from tunery.models.load import base_source, load_config
 from tunery.models.score import scorer_from_config
 from tunery.models.shared_base import same_base
-from tunery.models.target import check_kind, resolve_target
+from tunery.models.target import check_kind, has_biases, resolve_target
 from tunery.rewards.model import Config
 
 
@@ -30,7 +30,13 @@ def _bytes(job: Job, config: Config, dtype: torch.dtype) -> int:
     adapter = (
         0 if target.adapter is None else sum(path.stat().st_size for path in target.adapter.glob("adapter_model.*"))
     )
-    shares = adapter and own == dtype and _keeps_base(job) and same_base(target.base, base_source(job.model))
+    shares = (
+        adapter
+        and not has_biases(target)
+        and own == dtype
+        and _keeps_base(job)
+        and same_base(target.base, base_source(job.model))
+    )
     if shares:
         return adapter
     with torch.device("meta"), warnings.catch_warnings():

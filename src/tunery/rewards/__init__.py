@@ -6,10 +6,10 @@
         def score(self, answers) -> list[float | None]      one number for each answer; None: does not apply to it
 
 and may have `sandboxed = True`: it runs code or patterns of the user's, which may hang or crash, so it is called in a
-process of its own (rollout/sandbox.py); `check(answers)`, which raises RewardError for rows it could never score; and
-`load(host) -> list[str]`, called once before anything is scored, with the policy that it is to judge (Host): for what
-is large, and comes after all that can be wrong without it. It gives what a person should know of it.
-`name` of a reward in logs is its config's, or `name_of(config)` where the module has one,
+process of its own (rollout/sandbox.py); `check(answers)`, which raises RewardError for rows it could never score; and,
+unless it is sandboxed, `load(host) -> list[str]`, called once before anything is scored, with the policy that it is to
+judge (Host): for what is large, and comes after all that can be wrong without it. It gives what a person should know
+of it. `name` of a reward in logs is its config's, or `name_of(config)` where the module has one,
 or the kind. A dotted kind is a module from outside."""
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -73,7 +74,7 @@ def ask(config: ServerConfig, url: str, body: dict[str, Any], read: Callable[[An
             why = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
             if error.code not in _LATER:
                 break
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
     raise RewardError(why)
 

@@ -61,12 +61,21 @@ class Reward:
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         # Tokenizers are not asked by several threads at once.
-        bodies = {id(answer): self._body(answer) for answer in answers}
+        bodies = {id(answer): self._body_or_why(answer) for answer in answers}
 
         def one(answer: Answer) -> float:
-            return _single(ask(self.config, self.config.url, bodies[id(answer)], self._values))
+            body = bodies[id(answer)]
+            if isinstance(body, RewardError):
+                raise body
+            return _single(ask(self.config, self.config.url, body, self._values))
 
         return scores(self.config, f"the reward model at {self.config.url}", one, answers)
+
+    def _body_or_why(self, answer: Answer) -> dict[str, Any] | RewardError:
+        try:
+            return self._body(answer)
+        except RewardError as error:
+            return error
 
     def _body(self, answer: Answer) -> dict[str, Any]:
         config = self.config
@@ -87,7 +96,7 @@ class Reward:
 
             (row,) = encode_scored([Example(messages=_conversation(answer))], self.template)
             if isinstance(row, Refused):
-                raise RewardError(f"rewards: endpoint cannot write the answer to {answer.where}: {row.reason}")
+                raise RewardError(f"the answer cannot be written in its vocabulary: {row.reason}")
             ids = row[0].ids.tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 

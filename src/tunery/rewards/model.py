@@ -69,11 +69,14 @@ class Reward:
         """Raises NotShared where what was asked for needs weights of its own."""
         from tunery.models.parts import unwrap
         from tunery.models.shared_base import NotShared
+        from tunery.models.target import has_biases
 
         base: Any = unwrap(host.model)
         dtype, device = str(base.dtype).removeprefix("torch."), self.config.device
         if host.changed is not None:
             raise NotShared(host.changed)
+        if has_biases(self.target):
+            raise NotShared("its adapter has biases of the base, which would become the policy's")
         if self.config.dtype not in ("auto", dtype):
             raise NotShared(f"it is to compute in {self.config.dtype} and the policy's base is in {dtype}")
         if device not in ("auto", str(base.device), base.device.type):

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tunery.config import build
 from tunery.data.dataset import Prepared
 from tunery.data.loader import Cut
 from tunery.data.store import TokenStore
@@ -49,6 +50,12 @@ def check_rollouts(job: Job, objective: Any) -> None:
         )
     if rollout.generator == "vllm":
         vllm.check(sampling_of(rollout), job.model.dtype)
+
+
+def check_generator(job: Job) -> None:
+    """Raises ConfigError where the job's generator is not installed."""
+    if job.rollout.generator == "vllm" and generates(build("objectives", job.objective)):
+        vllm.check_installed()
 
 
 def check_device(job: Job, objective: Any, engine: Engine) -> None:

@@ -44,7 +44,8 @@ def main() -> None:
         _limit_time(first["seconds"])
         try:
             found = reward.score([_answer(values) for values in message["answers"]])
-            scores = [None if score is None else float(score) for score in found]  # those of arrays are no JSON
+            # Those of arrays are no JSON. Text stays what it is, for the other side to refuse.
+            scores = [score if score is None or isinstance(score, str) else float(score) for score in found]
             reply: dict[str, Any] = {"scores": scores}
         except BaseException as error:
             reply = {"error": _explain(error)}
