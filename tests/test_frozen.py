@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import tunery.frozen
 import tunery.loop
 import tunery.plan.frozen_states
-from processes import job_file, train, train_on_two_ranks
+from processes import runs_on_two_ranks
 from tiny_runs import losses, same, tiny_job
 from tunery.errors import ConfigError
 from tunery.frozen import begin_step
@@ -192,10 +192,11 @@ def test_other_adapters_have_nothing_to_keep(tmp_path):
 def test_two_ranks_share_the_file(tmp_path):
     """Each reads what the other kept: a row goes to another rank in another epoch."""
     adapter = {"kind": "freeze", "layers": 1, "cache": True}
-    path = job_file(tmp_path, adapter=adapter, train={"epochs": 3, "batch_size": 7, "micro_tokens": 60})
-    train(path, f"output={tmp_path / 'one'}", "adapter.cache=false")
-    status, text = train_on_two_ranks(path, f"output={tmp_path / 'two'}")
+    train = {"epochs": 3, "batch_size": 7, "micro_tokens": 60}
+    run_job(tiny_job(tmp_path, adapter={**adapter, "cache": False}, train=train, output=str(tmp_path / "one")))
+    two = tiny_job(tmp_path, adapter=adapter, train=train, output=str(tmp_path / "two"))
+    status, text = runs_on_two_ranks(tmp_path, two)
     assert status == 0, text
-    assert "later ones begin with what they gave" in text
+    assert "later ones begin with what they gave" in (tmp_path / "two" / "report.md").read_text()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-11)
     assert not (tmp_path / "two" / FILE).exists()

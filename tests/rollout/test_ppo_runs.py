@@ -3,7 +3,6 @@ a bandit could learn."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_rollouts import CUTS, job, lines, logged, weights
 
-from processes import train, train_on_two_ranks
+from processes import runs_on_two_ranks
 from tiny_runs import losses
 from tunery.loop import run_job
 from tunery.models.value_head import FILE
@@ -70,10 +69,8 @@ def test_a_run_starts_from_the_value_head_of_where_it_starts(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one(tmp_path):
     made = job(tmp_path, "one", **PPO, train={"max_steps": 6})
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(made.model_dump(mode="json")))
-    train(path)
-    status, text = train_on_two_ranks(path, f"output={tmp_path / 'two'}")
+    run_job(made)
+    status, text = runs_on_two_ranks(tmp_path, made.model_copy(update={"output": str(tmp_path / "two")}))
     assert status == 0, text
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-8, abs=1e-10)
     for key in ("beta", "kl", "explained_variance", "returns/mean"):

@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from processes import train, train_on_two_ranks
+from processes import runs_on_two_ranks
 from tiny_runs import losses, tiny_job
-from tunery.config_file import read_config
 from tunery.errors import ConfigError, DataError, RewardError
 from tunery.job import load_job
 from tunery.loop import run_job
@@ -129,11 +128,8 @@ def test_two_ranks_take_the_same_steps_as_one(tmp_path):
         data={"train": str(tmp_path / "prompts.jsonl"), "eval": str(write_prompts(tmp_path / "held.jsonl", 3, 20))},
         eval={"every": 2, "best": False},
     )  # fmt: skip
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(made.model_dump(mode="json")))
-    assert read_config(path)["rewards"][0]["kind"] == "length"
-    train(path)
-    status, text = train_on_two_ranks(path, f"output={tmp_path / 'two'}")
+    run_job(made)
+    status, text = runs_on_two_ranks(tmp_path, made.model_copy(update={"output": str(tmp_path / "two")}))
     assert status == 0, text
     assert [line["completion"] for line in lines(tmp_path / "two")] == [
         line["completion"] for line in lines(tmp_path / "one")
