@@ -182,9 +182,9 @@ def _gates(device: str, dtype: torch.dtype) -> Iterator[Check]:
 
     rows, hidden, _ = SIZES[device]
     inputs = [torch.randn(rows, hidden, device=device) for _ in range(2)]
-    yield from compared("SwiGLU", swiglu.swiglu, swiglu.reference, inputs, dtype)
-    plain = lambda gate, up: swiglu.reference(gate, up, "gelu_tanh")  # noqa: E731
-    yield from compared("GeGLU", swiglu.geglu_tanh, plain, inputs, dtype)
+    for title, activation in (("SwiGLU", "silu"), ("GeGLU", "gelu_tanh")):
+        ours, plain = (partial(f, activation=activation) for f in (swiglu.gated, swiglu.reference))
+        yield from compared(title, ours, plain, inputs, dtype)
 
 
 def _lora(device: str, dtype: torch.dtype) -> Iterator[Check]:

@@ -132,16 +132,28 @@ def test_rotary_kernel(monkeypatch, batch, tokens, depth, width, dtype):
 @pytest.mark.parametrize("shape", [(7, 33), (1, 64), (0, 16), (2, 3, 5), (2, 1500)])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated_kernel(monkeypatch, activation, shape, dtype):
-    function = {"silu": swiglu.swiglu, "gelu_tanh": swiglu.geglu_tanh}[activation]
-
     def run() -> list[Tensor]:
         both_halves = noise(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=0)
         gate, up = both_halves.chunk(2, dim=-1)
-        y = function(gate, up)
+        y = swiglu.gated(gate, up, activation)
         dy = noise(*shape[::-1], dtype=dtype, seed=1).permute(*reversed(range(len(shape))))
         return [y.detach(), *torch.autograd.grad(y, (both_halves,), dy)]
 
     compare(both(monkeypatch, run), dtype)
+
+
+@needs_triton
+@runs_here
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_the_activation_again(monkeypatch, activation):
+    """The backward's own gradient becomes the forward's result."""
+
+    def run() -> list[Tensor]:
+        gate, up, dy = (noise(4, 1500, dtype=torch.bfloat16, seed=seed).detach() for seed in range(3))
+        gradients = swiglu.forms(gate, False)[1](dy, gate, up, activation, again=True)
+        return [*gradients, dy]
+
+    compare(both(monkeypatch, run), torch.bfloat16)
 
 
 def test_float64_and_other_devices_keep_the_torch_form():
@@ -164,8 +176,8 @@ COMPILED: list[tuple[str, dict[str, Any]]] = [
     ("triton_rotary._turn_kernel", {"BACK": True, "HEADS": 8, "BLOCK": 32, "REST": 64}),
     ("triton_swiglu._forward_kernel", {"SILU": True, "BLOCK": 1024}),
     ("triton_swiglu._forward_kernel", {"SILU": False, "BLOCK": 1024}),
-    ("triton_swiglu._backward_kernel", {"SILU": True, "BLOCK": 1024}),
-    ("triton_swiglu._backward_kernel", {"SILU": False, "BLOCK": 1024}),
+    ("triton_swiglu._backward_kernel", {"SILU": True, "AGAIN": True, "BLOCK": 1024}),
+    ("triton_swiglu._backward_kernel", {"SILU": False, "AGAIN": False, "BLOCK": 1024}),
 ]
 
 

@@ -43,9 +43,9 @@ _ARGUMENTS = {
     "rms_backward": "pppppppiiiiii",
     "turn": "ppppiiiiiiiiiiiii",
     "silu_forward": "pppiiii",
-    "silu_backward": "pppppiiiii",
+    "silu_backward": "pppppiiiiii",
     "gelu_tanh_forward": "pppiiii",
-    "gelu_tanh_backward": "pppppiiiii",
+    "gelu_tanh_backward": "pppppiiiiii",
     "cross_entropy": "pppppiifii",
     "attention_forward": "pppppppiiiiiiiiiiiifi",
     "attention_backward": "pppppppppppiiiiiiiiiiiiiiifi",
@@ -161,11 +161,13 @@ def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return y
 
 
-def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(d loss / d gate, d loss / d up)."""
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool) -> tuple[Tensor, Tensor]:
+    """(d loss / d gate, d loss / d up). Where `again`, dy, which must have adjacent columns, becomes activation(gate) *
+    up."""
     dgate, dup = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
     d, g, u = as_rows(dy), as_rows(gate), as_rows(up)
-    _call(f"{activation}_backward", (gate,), d, g, u, dgate, dup, *g.shape, d.stride(0), g.stride(0), u.stride(0))
+    strides = (d.stride(0), g.stride(0), u.stride(0))
+    _call(f"{activation}_backward", (gate,), d, g, u, dgate, dup, *g.shape, *strides, again)
     return dgate, dup
 
 

@@ -118,6 +118,18 @@ static void turn(
     }
 }
 
+template <bool SILU> static inline float gated(float x, float up) {
+    return x / (1.0f + exp_minus_z<SILU>(x)) * up;
+}
+
+template <class X, bool SILU>
+static inline void gated_gradients(float above, float x, float up, X& to_gate, X& to_up) {
+    const float e = exp_minus_z<SILU>(x), s = 1.0f / (1.0f + e);
+    put(to_up, above * x * s);
+    // e s is 1 - s without the cancellation, which the slope would magnify.
+    put(to_gate, above * up * s * (1.0f + x * (e * s) * slope_of_z<SILU>(x)));
+}
+
 template <class X, bool SILU>
 static void gated_forward(
     const X* gate, const X* up, X* y, int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride, int64_t threads
@@ -128,31 +140,35 @@ static void gated_forward(
         const X* u = up + i * up_stride;
         X* out = y + i * width;
 #pragma omp simd
-        for (int64_t j = 0; j < width; j++) {
-            const float x = get(g[j]);
-            put(out[j], x / (1.0f + exp_minus_z<SILU>(x)) * get(u[j]));
-        }
+        for (int64_t j = 0; j < width; j++) put(out[j], gated<SILU>(get(g[j]), get(u[j])));
     }
 }
 
+// Where `again`, what gated_forward gave is written over dy.
 template <class X, bool SILU>
 static void gated_backward(
-    const X* dy, const X* gate, const X* up, X* dgate, X* dup, int64_t rows, int64_t width, int64_t dy_stride,
-    int64_t gate_stride, int64_t up_stride, int64_t threads
+    X* dy, const X* gate, const X* up, X* dgate, X* dup, int64_t rows, int64_t width, int64_t dy_stride,
+    int64_t gate_stride, int64_t up_stride, int64_t again, int64_t threads
 ) {
 #pragma omp parallel for schedule(static) num_threads(team(rows * width, threads))
     for (int64_t i = 0; i < rows; i++) {
-        const X* d = dy + i * dy_stride;
+        X* d = dy + i * dy_stride;
         const X* g = gate + i * gate_stride;
         const X* u = up + i * up_stride;
         X* to_gate = dgate + i * width;
         X* to_up = dup + i * width;
+        if (again) {
 #pragma omp simd
-        for (int64_t j = 0; j < width; j++) {
-            const float x = get(g[j]), e = exp_minus_z<SILU>(x), s = 1.0f / (1.0f + e);
-            put(to_up[j], get(d[j]) * x * s);
-            // e s is 1 - s without the cancellation, which the slope would magnify.
-            put(to_gate[j], get(d[j]) * get(u[j]) * s * (1.0f + x * (e * s) * slope_of_z<SILU>(x)));
+            for (int64_t j = 0; j < width; j++) {
+                const float above = get(d[j]), x = get(g[j]);
+                gated_gradients<X, SILU>(above, x, get(u[j]), to_gate[j], to_up[j]);
+                put(d[j], gated<SILU>(x, get(u[j])));
+            }
+        } else {
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                gated_gradients<X, SILU>(get(d[j]), get(g[j]), get(u[j]), to_gate[j], to_up[j]);
+            }
         }
     }
 }

@@ -5,7 +5,8 @@
 The frozen W_i get no gradient, and nothing of their size is ever made for the updates: the backward goes through the
 rank first, dA_i = s_i (dy_i B_i)^T x, dB_i = s_i dy_i^T (x A_i^T), and the gradients of x are summed in one buffer.
 Kept for the backward are x, once for the whole group, and x A^T; PEFT's own forward keeps x for each projection, in
-float32 as well, and makes two tensors of the output's size on the way."""
+float32 as well, and makes two tensors of the output's size on the way. An x that is a gated activation is not kept: the
+backward of the activation, which has its two factors in hand, makes it again on its way over them."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tunery.kernels import swiglu
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,33 @@ def lora_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, .
     """Every projection of x [..., in], each [..., out_i]. Under autocast everything is cast to its dtype, as the linear
     layers would be; the gradients of A and B come in their own dtype. Raises ValueError where a frozen weight or bias
     requires a gradient: it would get none."""
+    _check_frozen(projections)
+    adapters = [t for p in projections for t in (p.A, p.B)]
+    layers = [(p.weight, p.bias, p.scale) for p in projections]
+    outputs = _LoraLinear.apply(x.to(_dtype(x)).flatten(0, -2), layers, *adapters)
+    return tuple(y.unflatten(0, x.shape[:-1]) for y in outputs)
+
+
+def gated_lora_linear(gate: Tensor, up: Tensor, p: Projection, activation: str, compiled: bool = False) -> Tensor:
+    """lora_linear of activation(gate) * up, both [..., in], of which gate and up are kept and the product is not.
+    `activation` and `compiled` as of swiglu.py. Raises ValueError as lora_linear and swiglu do."""
+    _check_frozen([p])
+    swiglu.check(gate, up)
+    rows = (x.to(_dtype(x)).flatten(0, -2) for x in (gate, up))
+    y = _GatedLoraLinear.apply(*rows, (p.weight, p.bias, p.scale), activation, compiled, p.A, p.B)
+    return y.unflatten(0, gate.shape[:-1])
+
+
+def _check_frozen(projections: Sequence[Projection]) -> None:
     frozen = [t for p in projections for t in (p.weight, p.bias) if t is not None]
     if any(t.requires_grad for t in frozen):
         raise ValueError("lora_linear: the weights beneath the updates must be frozen")
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What the linear layers would compute in."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    adapters = [t for p in projections for t in (p.A, p.B)]
-    layers = [(p.weight, p.bias, p.scale) for p in projections]
-    outputs = _LoraLinear.apply(x.to(dtype).flatten(0, -2), layers, *adapters)
-    return tuple(y.unflatten(0, x.shape[:-1]) for y in outputs)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def reference(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -93,6 +114,44 @@ class _LoraLinear(torch.autograd.Function):
                     dx.addmm_(dy, weight.to(x.dtype))
                 dx.addmm_(dxA, _stacked(As, x.dtype))
         return dx, None, *(g for pair in zip(grads_A, grads_B, strict=True) for g in pair)
+
+
+class _GatedLoraLinear(torch.autograd.Function):
+    """Of one projection. `x` is activation(gate) * up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        layer: tuple[Tensor, Tensor | None, float],
+        activation: str,
+        compiled: bool,
+        A: Tensor,
+        B: Tensor,
+    ) -> Tensor:
+        weight, bias, ctx.scale = layer
+        with torch.autocast(gate.device.type, enabled=False):
+            x = swiglu.forms(gate, compiled)[0](gate, up, activation)
+            xA = x @ A.to(x.dtype).T
+            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            y.addmm_(xA, B.to(x.dtype).T, alpha=ctx.scale)
+        ctx.save_for_backward(gate, up, xA, weight, A, B)
+        ctx.activation, ctx.compiled = activation, compiled
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up, xA, weight, A, B = ctx.saved_tensors
+        (dy,) = grads
+        with torch.autocast(gate.device.type, enabled=False):
+            dxA = (dy @ B.to(gate.dtype)).mul_(ctx.scale)
+            grad_B = (dy.T @ xA).to(B.dtype).mul_(ctx.scale)
+            x = (dy @ weight.to(gate.dtype)).addmm_(dxA, A.to(gate.dtype))  # its gradient, then x itself
+            dgate, dup = swiglu.forms(gate, ctx.compiled)[1](x, gate, up, ctx.activation, again=True)
+            grad_A = (dxA.T @ x).to(A.dtype)
+        return dgate, dup, None, None, None, grad_A, grad_B
 
 
 def _stacked(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -18,17 +18,12 @@ from torch.autograd.function import once_differentiable
 from tunery.kernels.backends import runs_compiled, runs_triton
 
 
-def swiglu(gate: Tensor, up: Tensor, compiled: bool = False) -> Tensor:
-    """silu(gate) * up, of one shape and dtype. `compiled` asks for compiled.py's form on a CPU (in bfloat16 and
-    float32). Differentiable once. Raises ValueError where shapes or dtypes differ."""
-    _check(gate, up)
-    return _Gated.apply(gate, up, "silu", compiled)
-
-
-def geglu_tanh(gate: Tensor, up: Tensor, compiled: bool = False) -> Tensor:
-    """gelu(gate) * up with gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))); otherwise as swiglu."""
-    _check(gate, up)
-    return _Gated.apply(gate, up, "gelu_tanh", compiled)
+def gated(gate: Tensor, up: Tensor, activation: str = "silu", compiled: bool = False) -> Tensor:
+    """activation(gate) * up, of one shape and dtype; `activation` is silu or gelu_tanh, gelu_tanh(x) = x / 2 * (1 +
+    tanh(sqrt(2 / pi) * (x + 0.044715 x^3))). `compiled` asks for compiled.py's form on a CPU (in bfloat16 and float32).
+    Differentiable once. Raises ValueError where shapes or dtypes differ."""
+    check(gate, up)
+    return _Gated.apply(gate, up, activation, compiled)
 
 
 def reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
@@ -39,7 +34,8 @@ def reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     return gate / 2 * (1 + torch.tanh(inner)) * up
 
 
-def _check(gate: Tensor, up: Tensor) -> None:
+def check(gate: Tensor, up: Tensor) -> None:
+    """Raises ValueError where shapes or dtypes differ."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         both = " and ".join(f"{t.dtype} {tuple(t.shape)}" for t in (gate, up))
         raise ValueError(f"gate and up must have one shape and dtype, not {both}")
@@ -50,19 +46,20 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, compiled: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.compiled = activation, compiled
-        forward, _ = _forms(gate, compiled)
+        forward, _ = forms(gate, compiled)
         return forward(gate, up, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        _, backward = _forms(gate, ctx.compiled)
-        return (*backward(grads[0], gate, up, ctx.activation), None, None)
+        _, backward = forms(gate, ctx.compiled)
+        return (*backward(grads[0], gate, up, ctx.activation, again=False), None, None)
 
 
-def _forms(gate: Tensor, compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The forward and the backward for the tensors' device and dtype."""
+def forms(gate: Tensor, compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """forward(gate, up, activation) and backward(dy, gate, up, activation, again) for the tensors' device and dtype.
+    Where `again`, the backward leaves in dy, which is contiguous then, what the forward gave."""
     if runs_triton(gate):
         from tunery.kernels import triton_swiglu
 
@@ -78,13 +75,18 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return _activate(gate, activation).mul_(up)
 
 
-def _backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool) -> tuple[Tensor, Tensor]:
     """(d loss / d gate, d loss / d up)."""
-    dup = _activate(gate, activation).mul_(dy)
-    da = dy * up
+    da, a = dy * up, _activate(gate, activation)
     if activation == "silu":
-        return torch.ops.aten.silu_backward.grad_input(da, gate, grad_input=da), dup
-    return torch.ops.aten.gelu_backward.grad_input(da, gate, approximate="tanh", grad_input=da), dup
+        torch.ops.aten.silu_backward.grad_input(da, gate, grad_input=da)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(da, gate, approximate="tanh", grad_input=da)
+    if not again:
+        return da, a.mul_(dy)
+    dup = a * dy
+    torch.mul(a, up, out=dy)
+    return da, dup
 
 
 def _activate(gate: Tensor, activation: str) -> Tensor:

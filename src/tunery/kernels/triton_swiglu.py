@@ -35,8 +35,9 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(d loss / d gate, d loss / d up)."""
+def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool) -> tuple[Tensor, Tensor]:
+    """(d loss / d gate, d loss / d up). Where `again`, dy, which must have adjacent columns, becomes activation(gate) *
+    up."""
     dy_rows, gate_rows, up_rows = as_rows(dy), as_rows(gate), as_rows(up)
     n, width = gate_rows.shape
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -54,6 +55,7 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Ten
                 gate_rows.stride(0),
                 up_rows.stride(0),
                 SILU=activation == "silu",
+                AGAIN=again,
                 BLOCK=BLOCK,
             )
     return dgate, dup
@@ -97,6 +99,7 @@ def _backward_kernel(
     gate_stride,
     up_stride,
     SILU: tl.constexpr,
+    AGAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -109,3 +112,5 @@ def _backward_kernel(
     dgate = dy * up * sigmoid * (1.0 + x * rest)
     tl.store(dgate_ptr + row * width + column, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + row * width + column, (dy * x * sigmoid).to(dup_ptr.dtype.element_ty), mask=inside)
+    if AGAIN:
+        tl.store(dy_ptr + row * dy_stride + column, (x * sigmoid * up).to(dy_ptr.dtype.element_ty), mask=inside)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from tunery.kernels import KernelsConfig, compiled, rotary
 from tunery.kernels.backends import has_numbers
-from tunery.kernels.lora import Projection, lora_linear
+from tunery.kernels.lora import Projection, gated_lora_linear, lora_linear
 from tunery.kernels.rms_norm import rms_norm
-from tunery.kernels.swiglu import geglu_tanh, swiglu
+from tunery.kernels.swiglu import gated
 from tunery.models.attention import HOOKS, recorded_attention
 from tunery.models.parts import unwrap
 
@@ -46,7 +46,7 @@ ATTENTION_NAMES = {
     "v_proj", "view", "sinks",
 }  # fmt: skip
 MLP_NAMES = {"act_fn", "gate_proj", "up_proj", "down_proj"}
-GATES = {"SiLU": swiglu, "SiLUActivation": swiglu, "GELUTanh": geglu_tanh, "PytorchGELUTanh": geglu_tanh}
+GATES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _plans(module: nn.Module, kernels: KernelsConfig, native: bool) -> list[Plan
         gate = GATES.get(type(module.act_fn).__name__)
         if gate is None or kernels.mlp == "reference" or not _mentions(module) <= MLP_NAMES:
             return []
-        return [("mlp", lambda call: _mlp_forward(partial(gate, compiled=native), kernels.lora == "auto"))]
+        return [("mlp", lambda call: _mlp_forward(gate, native, kernels.lora == "auto"))]
     if kernels.norm == "auto" and _is_rms_norm(module):
         return [
             ("norm", lambda call, o=offset, c=cast_first: _norm_forward(o, c, native))
@@ -354,13 +354,18 @@ def _rotate_apart(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return rotary.reference(q, cos, sin), rotary.reference(k, cos, sin)
 
 
-def _mlp_forward(gate: Callable[[Tensor, Tensor], Tensor], grouped: bool) -> Callable[..., Any]:
-    """down(act(gate(x)) * up(x)), gate and up as one group."""
+def _mlp_forward(activation: str, native: bool, grouped: bool) -> Callable[..., Any]:
+    """down(act(gate(x)) * up(x)), gate and up as one group, and the activation as part of down where that has a
+    low-rank update."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if grouped:
-            return self.down_proj(gate(*_project(x, (self.gate_proj, self.up_proj))))
-        return self.down_proj(gate(self.gate_proj(x), self.up_proj(x)))
+        if not grouped:
+            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), activation, native))
+        gate, up = _project(x, (self.gate_proj, self.up_proj))
+        down = _projection(self.down_proj)
+        if down is None:
+            return self.down_proj(gated(gate, up, activation, native))
+        return gated_lora_linear(gate, up, down, activation, native)
 
     return forward
 
