@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -18,7 +19,7 @@ from tunery.plan import choose as choosing
 from tunery.plan.bill import Measured, corrected, make_plan
 from tunery.plan.choose import best, choose, largest, least, rungs_of
 from tunery.plan.ladder import ladder
-from tunery.plan.planner import Planner
+from tunery.plan.planner import Planner, most_tokens
 from tunery.plan.work import AssumedRows
 
 RATES = Rates(1e12, 1e11, 1e11, 1e10, 1e-6, 0.0, overlaps=True)
@@ -177,3 +178,18 @@ def test_float16_hardware_computes_in_float32(tmp_path):
     old = replace(GPU, bfloat16=False)
     assert Planner(job, AssumedRows(4, 64), old).dtype == torch.float32
     assert Planner(job, AssumedRows(4, 64), GPU).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("hidden", "adapter", "longest", "most"),
+    [(64, "lora", 64, 2048), (512, "lora", 64, 2048), (1024, "lora", 64, 512), (4096, "lora", 64, 512),
+     (4096, "lora", 700, 700), (4096, "full", 64, 2048)],
+)  # fmt: skip
+def test_large_frozen_layers_keep_a_cpu_busy_with_fewer_tokens(tmp_path, hidden, adapter, longest, most):
+    job = job_of(tmp_path, adapter=adapter)
+    path = tmp_path / "config.json"
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden if hidden > 512 else hidden}
+    path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+    cpu = Device("here", "cpu", 16 * GIB, GIB, 0.04, True, RATES)
+    assert most_tokens(job, AssumedRows(4, longest), cpu) == most
+    assert most_tokens(job, AssumedRows(4, longest), GPU) == 16384

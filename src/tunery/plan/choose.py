@@ -7,10 +7,9 @@ from tunery.job import Job
 from tunery.models.load import load_config
 from tunery.models.rungs import RUNGS
 from tunery.plan.closed_form import kept_numbers
-from tunery.plan.planner import ENOUGH, Planner, dtype_on
+from tunery.plan.planner import STEP, Planner, dtype_on, layer_parameters, most_tokens
 from tunery.plan.work import Rows
 
-STEP = 256  # micro-batches are a multiple of so many tokens, unless the longest example wants more
 NEARLY = 1.02  # of two times that differ by less, neither is the shorter
 
 
@@ -20,7 +19,7 @@ def choose(job: Job, rows: Rows, device: Device, world: int = 1) -> tuple[int, s
     its arguments alone (and of this machine's rates, which are measured once). Raises ModelError and ConfigError for a
     model or an adapter that cannot be."""
     train = job.train
-    most = train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
+    most = most_tokens(job, rows, device)
     rungs = rungs_of(job, device)
     if (train.micro_tokens and len(rungs) == 1) or roughly(job, most, device) < device.memory // 2:
         return most, rungs[0]
@@ -78,10 +77,9 @@ def roughly(job: Job, tokens: int, device: Device) -> int:
     running it on shapes. Parameters at 16 bytes; twice what eager code keeps of a layer's token, and every score of
     attention that is written out."""
     config = load_config(job.model).get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    layers = config.num_hidden_layers
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    parameters = layers * (4 * hidden**2 + 3 * hidden * inner * experts) + 2 * config.vocab_size * hidden
+    parameters = layers * layer_parameters(config, experts) + 2 * config.vocab_size * config.hidden_size
     width = dtype_on(job.model.dtype, device).itemsize
     per_layer = width * 2 * kept_numbers(config)
     if getattr(config, "attn_logit_softcapping", None):

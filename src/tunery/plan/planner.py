@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -18,12 +20,17 @@ from tunery.engine import DTYPES
 from tunery.flops import cost_of, flops_per_token
 from tunery.job import Job
 from tunery.memory import Operation, Peak, Profile, TooMany, in_backward
+from tunery.models.load import load_config
 from tunery.plan.closed_form import closed_form
 from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
 from tunery.plan.work import Rows, Work, work_of
 
-# Tokens of a micro-batch from which on a device is busy: more only cost memory.
+# Tokens of a micro-batch from which on a device is busy: more only cost memory. On a CPU this holds of small layers; the
+# arithmetic of larger ones outweighs sooner what a micro-batch costs whatever its length (the start of each operation,
+# and oneDNN's new products); FEWEST let the products themselves run at their best.
 ENOUGH = {"cuda": 16384, "cpu": 2048}
+SMALL_LAYER, FEWEST = 3_000_000, 512
+STEP = 256  # micro-batches are a multiple of so many tokens, unless the longest example wants more
 # Shares of the longest stream that are run: the rest is straight in between, as nearly all of it is.
 POINTS = (1 / 16, 1 / 2, 1)
 
@@ -72,6 +79,25 @@ class Line:
         return values[i - 1] + (values[i] - values[i - 1]) * (tokens - low) / (high - low)
 
 
+def most_tokens(job: Job, rows: Rows, device: Device) -> int:
+    """Tokens of the largest micro-batch that is any use: of the longest example, and as many as keep the device busy.
+    Where the model itself trains, each micro-batch also adds up gradients of its size, so a CPU gets the most."""
+    if job.train.micro_tokens is not None:
+        return job.train.micro_tokens
+    enough = ENOUGH[device.kind]
+    if device.kind == "cpu" and not build("adapters", job.adapter).whole:
+        layer = layer_parameters(load_config(job.model).get_text_config())
+        enough = min(enough, max(FEWEST, math.ceil(enough * SMALL_LAYER / layer / STEP) * STEP))
+    return max(enough, int(rows.lengths.max()))
+
+
+def layer_parameters(config: Any, experts: int = 1) -> int:
+    """Of attention and a gated MLP, or `experts` of them, by the sizes in a config.json at a glance."""
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    return 4 * hidden**2 + 3 * hidden * inner * experts
+
+
 class Planner:
     """Answers about one job on one device, with micro-batches of up to `most` tokens. Nothing is loaded: the model is
     shapes. Raises ModelError and ConfigError for a model or an adapter that cannot be."""
@@ -86,7 +112,7 @@ class Planner:
         if needs_critic(self.objective):
             self.models = 2
         self.note: str | None = None  # what is not as good as usual
-        self.most = job.train.micro_tokens or max(ENOUGH[device.kind], job.data.max_length)
+        self.most = most_tokens(job, rows, device)
         self.work = lru_cache(maxsize=None)(self._work)
         self._traced = lru_cache(maxsize=None)(self._trace)
         self.line = lru_cache(maxsize=None)(self._line)
