@@ -68,7 +68,7 @@ def prepare(job: Job, assets: Path, folder: Path) -> Pairs:
     from bench.jobs import TOKENS, save_model
     from tunery.data.store import TokenStore
     from tunery.job import load_job
-    from tunery.setup import read_data
+    from tunery.read import read_data
 
     folder.mkdir(parents=True)
     save_model(job, assets, folder)

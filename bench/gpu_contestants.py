@@ -116,7 +116,9 @@ def _tunery_once(spec: Spec, rows: Rows) -> dict[str, Any]:
     from tunery.engine import Engine
     from tunery.job import load_job
     from tunery.loop import train
-    from tunery.setup import Read, resolve, set_up
+    from tunery.read import Read
+    from tunery.resolve import resolve
+    from tunery.setup import set_up
 
     on_gpu = torch.cuda.is_available()
     dtype = "bfloat16" if on_gpu else "float32"

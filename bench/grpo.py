@@ -59,7 +59,7 @@ def prepare(job: Job, assets: Path, folder: Path) -> Prompts:
     """The model, and the first `job.rows` prompts of at most PROMPT_TOKENS tokens, as rows that both can read."""
     from tunery.data.store import TokenStore
     from tunery.job import load_job
-    from tunery.setup import read_data
+    from tunery.read import read_data
 
     folder.mkdir(parents=True)
     save_model(job, assets, folder)

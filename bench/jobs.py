@@ -159,7 +159,7 @@ def _tokens(job: Job, conversations: list[Any], folder: Path) -> tuple[list[Any]
     rows.jsonl."""
     from tunery.data.store import TokenStore
     from tunery.job import load_job
-    from tunery.setup import read_data
+    from tunery.read import read_data
 
     path = folder / ROWS
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations), encoding="utf-8")

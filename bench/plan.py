@@ -162,7 +162,7 @@ def child(job: dict[str, Any], what: str, steps: int) -> dict[str, Any]:
     """In a process of its own, one measurement: `allocated`, `process`, or `time` (with the plan)."""
     from tunery import probe
     from tunery.job import load_job
-    from tunery.setup import read_data
+    from tunery.read import read_data
 
     parsed = load_job(job)
     read = read_data(parsed)

@@ -18,7 +18,9 @@ from tunery.engine import Engine
 from tunery.job import Job
 from tunery.loop import run_job
 from tunery.models.load import load_tokenizer
-from tunery.setup import load_start, read_data, resolve
+from tunery.read import read_data
+from tunery.resolve import resolve
+from tunery.setup import load_start
 from tunery.types import Tokens
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from tunery.job import Job
 from tunery.loop import run_job
 from tunery.models.boundary import FILE, MARK, Boundary
 from tunery.policy import CausalPolicy
-from tunery.setup import read_data
+from tunery.read import read_data
 
 TRAIN = {"epochs": 3, "micro_tokens": 60, "save_every": 1, "keep": None}
 

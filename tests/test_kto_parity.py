@@ -22,7 +22,8 @@ from tunery.engine import Engine
 from tunery.job import Job
 from tunery.loop import run_job
 from tunery.models.load import load_tokenizer
-from tunery.setup import read_data, resolve
+from tunery.read import read_data
+from tunery.resolve import resolve
 
 pytestmark = pytest.mark.slow
 

@@ -41,6 +41,8 @@ LAYERS = [
     ["rollout"],
     ["run_folder"],
     ["critic", "devices", "plan", "teacher"],
+    ["read"],
+    ["resolve"],
     ["setup"],
     ["evaluate"],
     ["step", "frozen", "reference"],

@@ -16,7 +16,7 @@ from tunery.plan import command
 from tunery.plan.bill import Measured
 from tunery.plan.command import plan_job
 from tunery.probe import probe
-from tunery.setup import read_data
+from tunery.read import read_data
 
 
 def quiet_job(folder: Any, **train: Any) -> Any:

@@ -25,8 +25,10 @@ from tunery.frozen import begin_step
 from tunery.job import Job
 from tunery.loop import run_job
 from tunery.policy import REFERENCE, CausalPolicy
+from tunery.read import read_data
 from tunery.reference import FILES, START, keep_reference, rows_to_come
-from tunery.setup import Run, load_start, read_data, resolve, set_up
+from tunery.resolve import resolve
+from tunery.setup import Run, load_start, set_up
 
 LN2 = math.log(2)
 MODES = ("live", "cached")

@@ -16,7 +16,9 @@ from tunery.engine import Engine
 from tunery.frozen import keep_frozen_states
 from tunery.job import Job
 from tunery.loop import run_job
-from tunery.setup import Run, read_data, resolve, set_up
+from tunery.read import read_data
+from tunery.resolve import resolve
+from tunery.setup import Run, set_up
 
 # Assistant turns before the last message lose all but their first word, so each turn is trained in a sequence of its
 # own, and those of a conversation begin alike.

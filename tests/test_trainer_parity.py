@@ -14,7 +14,9 @@ from assets_path import assets
 from tunery.engine import Engine
 from tunery.job import load_job
 from tunery.loop import run_job
-from tunery.setup import load_start, read_data, resolve
+from tunery.read import read_data
+from tunery.resolve import resolve
+from tunery.setup import load_start
 
 pytestmark = pytest.mark.slow
 

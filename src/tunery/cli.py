@@ -165,7 +165,7 @@ def check(config: Source, overrides: Overrides = None) -> None:
     """Check the data: what would be used, what not and why, and what looks wrong. Trains nothing."""
     from tunery.config import build
     from tunery.data.check import check as check_data
-    from tunery.setup import read_template
+    from tunery.read import read_template
 
     job = _training_job(config, overrides)
     _, template = read_template(job)

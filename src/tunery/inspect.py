@@ -16,8 +16,8 @@ from tunery.data.share import common_length
 from tunery.data.store import TokenStore
 from tunery.errors import ConfigError
 from tunery.job import Job
+from tunery.read import read_data
 from tunery.rollout.samples import truth_of
-from tunery.setup import read_data
 from tunery.types import Example, Tokens
 
 TRAINED, SHOWN = "bold green", "dim"

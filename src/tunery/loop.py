@@ -32,8 +32,10 @@ from tunery.job import Job, head_of
 from tunery.models.score import load_with_head
 from tunery.models.target import load_adapter
 from tunery.observe import state_of
+from tunery.read import beyond_context, read_data
 from tunery.reference import drop_reference, keep_reference
 from tunery.report import NullReport, Report
+from tunery.resolve import resolve
 from tunery.rollout.build import check_generator
 from tunery.rollout.rollouts import Rollouts
 from tunery.run_folder import (
@@ -46,18 +48,7 @@ from tunery.run_folder import (
     write_data_report,
 )
 from tunery.schedule import factor, interval
-from tunery.setup import (
-    Run,
-    announce,
-    base_name,
-    beyond_context,
-    check_disk,
-    data_counts,
-    read_data,
-    resolve,
-    save_tokenizer,
-    set_up,
-)
+from tunery.setup import Run, announce, base_name, check_disk, data_counts, save_tokenizer, set_up
 from tunery.step import Taken, gradients, settle, total_weight, update
 
 

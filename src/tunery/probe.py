@@ -17,9 +17,11 @@ from tunery.fallback import explained
 from tunery.guard import Gate
 from tunery.job import Job
 from tunery.plan.bill import Measured
+from tunery.read import Read
 from tunery.reference import measure_with_reference
 from tunery.report import NullReport
-from tunery.setup import Read, Run, resolve, set_up
+from tunery.resolve import resolve
+from tunery.setup import Run, set_up
 from tunery.step import gradients, total_weight, update
 
 STEPS = 3

@@ -1,30 +1,28 @@
-"""Everything a run needs before its first step, built in the order in which it can be wrong: configuration, folder,
-data, and only then the model."""
+"""Everything a run needs before its first step, built in the order in which it can be wrong: when configuration and data
+are read (read.py) and settled (resolve.py), the model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tunery import checkpoint
 from tunery.config import build
-from tunery.critic import Critic, check_critic, give_values, trained_beside
-from tunery.data.dataset import Prepared, prepare
+from tunery.critic import Critic, give_values, trained_beside
+from tunery.data.dataset import Prepared
 from tunery.data.loader import Cut, Loader, StreamLoader
 from tunery.data.store import TokenStore
-from tunery.data.template import ChatTemplate, load_template
-from tunery.devices import Device, this_device
+from tunery.data.template import ChatTemplate
 from tunery.diagnose import DataCounts
-from tunery.engine import Engine, check_dtype
-from tunery.errors import ConfigError, ModelError
+from tunery.engine import Engine
+from tunery.errors import ModelError
 from tunery.fallback import resumed
-from tunery.job import Job, head_of, load_job
+from tunery.job import Job, head_of
 from tunery.models.fuse import fuse
 from tunery.models.load import (
     ModelConfig,
@@ -32,29 +30,21 @@ from tunery.models.load import (
     hook_attention,
     in_folder,
     load_config,
-    load_tokenizer,
-    resolve_name,
 )
 from tunery.models.recompute import recompute
 from tunery.models.score import agree_on_padding, fitting_config, load_with_head
 from tunery.models.value_head import load_value_head, save_value_head
 from tunery.observe import put_back
-from tunery.plan.choose import choose
-from tunery.plan.work import AssumedRows
 from tunery.policy import CausalPolicy
+from tunery.read import Read
 from tunery.rollout.build import (
     check_device,
-    check_rollouts,
-    generates,
     load_rewards,
-    make_rewards,
     make_rollouts,
 )
 from tunery.rollout.rollouts import Rollouts
-from tunery.rollout.scoring import Rewards
-from tunery.run_folder import CONFIG, find_resume, versions
-from tunery.teacher import check_kept, check_teacher, load_teacher
-from tunery.trackers import require
+from tunery.run_folder import versions
+from tunery.teacher import load_teacher
 from tunery.types import Objective
 
 
@@ -124,63 +114,6 @@ def save_tokenizer(run: Run, folder: Path) -> None:
         run.tokenizer.chat_template = run.template.source
     run.tokenizer.save_pretrained(str(folder))
     run.tokenizer.chat_template = own
-
-
-def resolve(job: Job, engine: Engine, read: Read | None = None) -> Job:
-    """The job with everything left to us decided, so that the saved configuration reproduces the run elsewhere.
-    `read`: its data, for the micro-batches that fit memory."""
-    optimizer, model = job.optimizer, job.model
-    adapter = build("adapters", job.adapter)
-    if getattr(optimizer, "lr", 0.0) is None:
-        optimizer = optimizer.model_copy(update={"lr": adapter.default_lr})
-    model = model.model_copy(update={"dtype": str(engine.dtype).removeprefix("torch.")})
-    job = job.model_copy(update={"optimizer": optimizer, "model": model})
-    tokens, rung = _saved_cut(job) or _chosen_cut(job, engine, read)
-    train = job.train.model_copy(update={"micro_tokens": tokens, "checkpointing": rung})
-    return job.model_copy(update={"train": train})
-
-
-def _saved_cut(job: Job) -> tuple[int, str] | None:
-    """train.micro_tokens and train.checkpointing of the run that is gone on with, where the job leaves them open: the
-    same streams round the same, wherever and beside whatever the run goes on."""
-    checkpoint_folder = find_resume(job, Path(job.output))
-    saved = checkpoint_folder.parent / CONFIG if checkpoint_folder is not None else None
-    if saved is None or not saved.is_file():
-        return None
-    train, then = job.train, load_job(saved).train
-    rung = then.checkpointing if train.checkpointing == "auto" else train.checkpointing
-    tokens = train.micro_tokens or then.micro_tokens
-    return None if tokens is None or rung == "auto" else (tokens, rung)
-
-
-def _chosen_cut(job: Job, engine: Engine, read: Read | None) -> tuple[int, str]:
-    """The same by plan, for the rank with the least memory."""
-    job, rows = planned(job, read)
-    device = for_training(this_device(engine.device.type), job)
-    memory = min(engine.gather(device.memory))
-    if device.kind == "cpu":
-        memory //= engine.world
-    return engine.gather(choose(job, rows, replace(device, memory=memory), engine.world))[0]
-
-
-def planned(job: Job, read: Read | None) -> tuple[Job, TokenStore | AssumedRows]:
-    """The rows a plan is made for, and the job that takes them. Of rows that nobody has read each is taken to be as
-    long as it may be, and so are answers to be generated: a step takes those of its prompts one by one."""
-    data = read.data.train if read is not None else None
-    rows = data if isinstance(data, TokenStore) else AssumedRows(job.train.batch_size, job.data.max_length)
-    if read is None or read.rewards is None:
-        return job, rows
-    answers = max(1, job.train.batch_size * job.rollout.group // job.rollout.minibatches)
-    longest = int(rows.lengths.max()) + job.rollout.max_new_tokens
-    train = job.train.model_copy(update={"batch_size": answers})
-    return job.model_copy(update={"train": train}), AssumedRows(answers, longest)
-
-
-def for_training(device: Device, job: Job) -> Device:
-    """The device without the memory that a generator of rollouts takes for itself."""
-    if not generates(build("objectives", job.objective)):
-        return device
-    return replace(device, memory=int(device.memory * job.rollout.left))
 
 
 def bytes_to_write(run: Run, keep: int) -> int:
@@ -269,92 +202,6 @@ def make_loader(job: Job, data: Prepared, cut: Cut) -> tuple[Loader | StreamLoad
         return loader, train.max_steps or math.ceil(train.epochs * loader.steps_per_epoch)
     assert train.max_steps is not None  # check_job
     return StreamLoader(data.train, batch_size=train.batch_size, how=cut), train.max_steps
-
-
-def check_job(job: Job) -> None:
-    """What can be wrong with a configuration as a whole. Raises ConfigError."""
-    data, model = job.data, job.model
-    if not data.train:
-        raise ConfigError("data.train: is required: a path, or a list of paths")
-    if data.streaming and job.train.max_steps is None:
-        raise ConfigError("train.max_steps: is required with data.streaming, because the length is not known")
-    check_dtype(model.dtype)
-    require(job.report)
-    if data.eval is None:
-        for key, value in (("patience", job.eval.patience), ("generate", job.eval.generate or None)):
-            if value is not None:
-                raise ConfigError(f"eval.{key}: {value} needs held-out rows; set data.eval to a file or a fraction")
-    if head_of(job) is not None and job.eval.generate:
-        raise ConfigError(
-            f"eval.generate: {job.eval.generate}, but objective {job.objective.kind} makes a model that scores answers "
-            "and gives none; set it to 0"
-        )
-    if model.random_init and not build("adapters", job.adapter).whole:
-        raise ConfigError(
-            "model.random_init: an adapter of random weights fits no base that anyone has; use adapter: full"
-        )
-    folder = Path(resolve_name(model.name))
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"model: {model.name} is an adapter; give its base as model.name and the adapter as model.init_from"
-        )
-    if folder.is_dir() and model.revision is not None:
-        raise ConfigError(f"model.revision: {model.name} is a local folder, which has no revisions")
-
-
-def read_template(job: Job) -> tuple[Any, ChatTemplate]:
-    """The tokenizer, and the template as the data section wants it."""
-    tokenizer, data = load_tokenizer(job.model), job.data
-    return tokenizer, load_template(
-        data.template, tokenizer, max_length=data.max_length, too_long=data.too_long, system=data.system
-    )
-
-
-@dataclass
-class Read:
-    """What can be read and checked without a model."""
-
-    tokenizer: Any
-    template: ChatTemplate
-    objective: Objective
-    data: Prepared
-    rewards: Rewards | None = None
-
-
-def read_data(job: Job, console: Any = None) -> Read:
-    """Tokenizer, template, objective and tokenised data. Happens before the engine starts, because a process that has
-    touched CUDA cannot fork the ones that tokenise."""
-    data = job.data
-    check_job(job)
-    if data.streaming and not job.train.shuffle:
-        data = data.model_copy(update={"shuffle_buffer": 1})
-    tokenizer, template = read_template(job)
-    objective = build("objectives", job.objective)
-    check_rollouts(job, objective)
-    check_teacher(job, tokenizer)
-    check_critic(job, objective)
-    prepared = prepare(
-        data, template, objective, seed=job.train.seed, cache_key=job.objective.model_dump_json(), console=console
-    )
-    check_kept(job, [prepared.train, prepared.eval])
-    rewards = make_rewards(job, prepared) if generates(objective) else None
-    return Read(tokenizer, template, objective, prepared, rewards)
-
-
-def beyond_context(job: Job, data: Prepared) -> str | None:
-    """A warning where rows are longer than the model's context. Raises ConfigError where the model has a learned
-    embedding for each position, and none beyond."""
-    text = load_config(job.model).get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    if context is None or not isinstance(data.train, TokenStore):
-        return None
-    longer = int((np.diff(data.train.sequence_offsets) > context).sum())
-    if not longer:
-        return None
-    what = f"{longer:,} sequences are longer than the {context} tokens {job.model.name} was made for"
-    if not (getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)):
-        raise ConfigError(f"data.max_length: {what}, and it has no positions beyond; set it to {context} at most")
-    return f"{what}; it may not make sense of what comes after. Set data.max_length to {context}"
 
 
 def announce(run: Run) -> list[str]:

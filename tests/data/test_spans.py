@@ -23,7 +23,7 @@ from tunery.data.template import load_template
 from tunery.inspect import inspect
 from tunery.models.load import ModelConfig, load_tokenizer
 from tunery.objectives import bco, dpo, kto, reward, sft
-from tunery.setup import read_data
+from tunery.read import read_data
 from tunery.types import Example, Message, Refused, Span
 
 ASKED = Message("user", "2 * 21?")

@@ -17,7 +17,9 @@ from tunery.errors import OutOfMemoryError
 from tunery.evaluate.loss import evaluate
 from tunery.loop import run_job
 from tunery.objectives import sft
-from tunery.setup import read_data, resolve, set_up
+from tunery.read import read_data
+from tunery.resolve import resolve
+from tunery.setup import set_up
 
 
 def limit_evaluations(monkeypatch: Any, tokens: int) -> list[int]:

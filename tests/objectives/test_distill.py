@@ -22,7 +22,7 @@ from tunery.job import load_job
 from tunery.loop import run_job
 from tunery.objectives import distill
 from tunery.policy import CausalPolicy
-from tunery.setup import read_data
+from tunery.read import read_data
 from tunery.teacher import Teacher
 from tunery.types import Example, Message, Refused, Tokens
 

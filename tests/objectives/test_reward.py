@@ -23,7 +23,7 @@ from tunery.loop import run_job
 from tunery.models.load import ModelConfig, load_model
 from tunery.objectives.reward import Config, Objective
 from tunery.policy import CausalPolicy
-from tunery.setup import read_data
+from tunery.read import read_data
 from tunery.types import Tokens
 
 

@@ -16,8 +16,8 @@ from tunery.errors import ConfigError, ModelError
 from tunery.plan import command
 from tunery.plan.command import plan_job
 from tunery.probe import probe
+from tunery.read import read_data
 from tunery.run_folder import write_config
-from tunery.setup import read_data
 
 
 @pytest.fixture(scope="module")

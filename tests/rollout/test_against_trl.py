@@ -103,7 +103,7 @@ def test_one_step_is_trls(tmp_path, monkeypatch, name):
     said = trls_step(tmp_path / "model", tmp_path / "trl", **trls)
     assert sorted(map(len, said.values())) == [GROUP] * 4
 
-    from tunery.setup import read_template
+    from tunery.read import read_template
 
     tokenizer, template = read_template(job)
     from tunery.types import Message

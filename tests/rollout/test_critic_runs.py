@@ -17,8 +17,10 @@ from tunery.errors import ConfigError
 from tunery.generate.score import RewardModel
 from tunery.loop import run_job
 from tunery.objectives.ppo import value_losses
+from tunery.read import read_data
 from tunery.reference import measure_with_reference
-from tunery.setup import Run, read_data, resolve, set_up
+from tunery.resolve import resolve
+from tunery.setup import Run, set_up
 
 PPO = {
     "objective": {"kind": "ppo", "value": "separate", "beta": 0.1, "score_norm": True, "value_weight": 0.5},

@@ -24,7 +24,8 @@ from tunery.loop import run_job
 from tunery.plan.bill import make_plan
 from tunery.plan.command import plan_job
 from tunery.plan.planner import Planner
-from tunery.setup import for_training, planned, read_data
+from tunery.read import read_data
+from tunery.resolve import for_training, planned
 
 STAND_INS = Path(__file__).resolve().parents[1] / "stand_ins"
 ADAPTERS = {

@@ -15,7 +15,8 @@ from tunery.models.load import ModelConfig, load_config, resolve_name
 from tunery.plan.bill import Plan, corrected, make_plan, out_of_memory
 from tunery.plan.planner import Planner
 from tunery.probe import probe
-from tunery.setup import Read, check_job, for_training, planned, read_data
+from tunery.read import Read, check_job, read_data
+from tunery.resolve import for_training, planned
 
 
 def plan_job(job: Job, device: str | None = None, probing: bool = False, console: Any = None) -> Plan:

@@ -25,9 +25,9 @@ from tunery.plan.closed_form import closed_form
 from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
 from tunery.plan.work import Rows, Work, work_of
 
-# Tokens of a micro-batch from which on a device is busy: more only cost memory. On a CPU this holds of small layers; the
-# arithmetic of larger ones outweighs sooner what a micro-batch costs whatever its length (the start of each operation,
-# and oneDNN's new products); FEWEST let the products themselves run at their best.
+# Tokens of a micro-batch from which on a device is busy: more only cost memory. On a CPU this holds of small layers:
+# the arithmetic of larger ones outweighs sooner what a micro-batch costs whatever its length (the start of each
+# operation, and oneDNN's new products). FEWEST let the products themselves run at their best.
 ENOUGH = {"cuda": 16384, "cpu": 2048}
 SMALL_LAYER, FEWEST = 3_000_000, 512
 STEP = 256  # micro-batches are a multiple of so many tokens, unless the longest example wants more
