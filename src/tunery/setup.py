@@ -1,5 +1,5 @@
-"""Everything a run needs before its first step, built in the order in which it can be wrong: when configuration and data
-are read (read.py) and settled (resolve.py), the model."""
+"""Everything a run needs before its first step. Configuration and data are read (read.py) and settled (resolve.py)
+before; here come model, optimizer and loader, in the order in which they can be wrong."""
 
 from __future__ import annotations
 
