@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +19,6 @@ from typing import Any
 from bench import per_second
 from bench.contestants import PLAIN, Contestant, tunery
 from bench.jobs import JOBS, Job, Prepared, data_section, tiny
-from bench.sft import QUIET, ROOT, race
 
 BETA, LR = 0.1, 5e-5
 ROWS = "datasets/llamafactory/dpo_en_demo.json"
@@ -121,36 +117,16 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rivals", nargs="*", default=[""], help="beginnings of contestants' names")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="of 4 pairs each")
-    parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead (a trial)")
-    parser.add_argument("--python", default=sys.executable, help="the Python that the contestants are run with")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds until a run is given up")
-    parser.add_argument("--assets", default=os.environ.get("TUNERY_ASSETS") or ROOT.parent / "shared" / "assets")
-    return parser.parse_args(arguments)
+    return per_second.options(__doc__ or "", 8, "4 pairs", arguments)
 
 
 def main() -> None:
     options = parse()
-    os.environ.update(QUIET)
-    from bench.results_page import described, save_result, write_section
-
     job = tiny(JOBS["A"]) if options.tiny else JOBS["A"]
     job = Job(job.name, job.title, job.shape, rows=options.steps * job.batch_size, batch_size=job.batch_size)
-    field_ = per_second.chosen(contestants(options.precision), options.rivals)
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(job, Path(options.assets), Path(folder) / "job")
-        result = summarise(prepared, field_, race(prepared, field_, options))
-    print(table(result))
-    if not options.tiny:
-        saved = json.loads(save_result(f"dpo_{options.precision}", result).read_text(encoding="utf-8"))
-        write_section(
-            f"dpo_{options.precision}",
-            f"## Preferences beside TRL, in {options.precision}\n\n{table(saved)}\n\n{described(saved)}",
-        )
+    per_second.hold(
+        "dpo", "Preferences beside TRL", job, options, contestants(options.precision), prepare, summarise, table
+    )
 
 
 if __name__ == "__main__":

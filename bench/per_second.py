@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.contestants import Contestant
+from bench.jobs import Job
+from bench.sft import QUIET, ROOT, race
 
 WARMUP = 2  # steps that are not timed
 
@@ -76,3 +84,45 @@ def spread(ratios: Sequence[float]) -> str:
         return ""
     whole = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
     return f"{median(ratios):.2f} x{whole}"
+
+
+# ---------------------------------------------------------------- from the command to the page
+
+
+def options(about: str, steps: int, a_step: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What can be said on the command line, of `steps` steps, `a_step` each."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rivals", nargs="*", default=[""], help="beginnings of contestants' names")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=steps, help=f"of {a_step} each")
+    parser.add_argument("--tiny", action="store_true", help="a model of 2 layers instead (a trial)")
+    parser.add_argument("--python", default=sys.executable, help="the Python that the contestants are run with")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds until a run is given up")
+    parser.add_argument("--assets", default=os.environ.get("TUNERY_ASSETS") or ROOT.parent / "shared" / "assets")
+    return parser.parse_args(arguments)
+
+
+def hold(
+    name: str,
+    title: str,
+    job: Job,
+    given: argparse.Namespace,
+    everyone: Sequence[Contestant],
+    prepare: Callable[[Job, Path, Path], Any],
+    summarise: Callable[[Any, Sequence[Contestant], dict[str, Any]], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """A race of those of `everyone` that are `given`: held, printed and, but for a trial, written down."""
+    os.environ.update(QUIET)
+    from bench.results_page import described, save_result, write_section
+
+    field_ = chosen(everyone, given.rivals)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(job, Path(given.assets), Path(folder) / "job")
+        result = summarise(prepared, field_, race(prepared, field_, given))
+    print(table(result))
+    if not given.tiny:
+        name = f"{name}_{given.precision}"
+        saved = json.loads(save_result(name, result).read_text(encoding="utf-8"))
+        write_section(name, f"## {title}, in {given.precision}\n\n{table(saved)}\n\n{described(saved)}")
