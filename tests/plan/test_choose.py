@@ -145,9 +145,9 @@ def test_planning_is_a_function_of_its_arguments(planner):
 def test_a_run_keeps_to_what_it_began_with(tmp_path, monkeypatch):
     """Another memory at its resume changes nothing; a run from the beginning is planned anew."""
     job = tiny_job(tmp_path, train={"max_steps": 1})
-    monkeypatch.setattr("tunery.setup.choose", lambda *a: (96, "full"))
+    monkeypatch.setattr("tunery.resolve.choose", lambda *a: (96, "full"))
     train(job)
-    monkeypatch.setattr("tunery.setup.choose", lambda *a: (1024, "none"))
+    monkeypatch.setattr("tunery.resolve.choose", lambda *a: (1024, "none"))
     saved = read_config(tmp_path / "run" / "tunery.yaml")["train"]
     assert (saved["micro_tokens"], saved["checkpointing"]) == (96, "full")
     (tmp_path / "run" / "all_results.json").unlink()  # as if it had been killed before its end

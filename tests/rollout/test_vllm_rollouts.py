@@ -142,7 +142,7 @@ def no_model(monkeypatch):
 def test_a_missing_vllm_is_named_before_anything_is_read(tmp_path, no_model, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
-    monkeypatch.setattr("tunery.setup.prepare", lambda *_, **options: pytest.fail("the rows were read"))
+    monkeypatch.setattr("tunery.read.prepare", lambda *_, **options: pytest.fail("the rows were read"))
     with pytest.raises(ConfigError, match=r"rollout.generator: vllm is not installed.* pip install 'tunery\[vllm\]'"):
         run(tmp_path, "vllm", data={"train": str(tmp_path / "prompts.jsonl")})
     assert not (tmp_path / "vllm" / "tunery.yaml").exists()
