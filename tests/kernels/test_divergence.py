@@ -36,6 +36,7 @@ def behind_a_wrapper(head: LazyLogits) -> LazyLogits:
 @pytest.mark.parametrize("vocabulary", [41, 43, 47])  # the teacher's; the student's is 43
 def test_value_and_gradients_equal_the_reference(monkeypatch, beta, how, vocabulary):
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_LOGITS", {"cpu": 90 * 4})  # several chunks
+    monkeypatch.setattr(linear_cross_entropy, "FEWEST_ROWS", 1)
     student, teacher = random_head(19, 43, 8, 0, **dict(how)), random_head(19, vocabulary, 6, 1)
     targets, weights = torch.randint(0, 41, (19,)), torch.rand(19).double() * 2
     mixture = Mixture(beta, 1.7, 0.3)
@@ -143,6 +144,7 @@ def likeliest(teacher: LazyLogits, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_all_but_one_of_the_likeliest_are_the_whole_distribution(monkeypatch, beta):
     """The one token that is left is the only one in its event."""
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_LOGITS", {"cpu": 13 * 6})  # several chunks
+    monkeypatch.setattr(linear_cross_entropy, "FEWEST_ROWS", 1)
     teacher, targets, weights = random_head(7, 13, 4, 1), torch.randint(0, 13, (7,)), torch.rand(7).double()
     results = []
     for whole in (True, False):

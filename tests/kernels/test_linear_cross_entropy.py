@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tunery.kernels import compiled
 from tunery.kernels import linear_cross_entropy as kernel
-from tunery.kernels.linear_cross_entropy import linear_cross_entropy, reference
+from tunery.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy, reference
 
 needs_compiler = pytest.mark.skipif(not compiled.ready(), reason="needs Linux and a C++ compiler")
 
@@ -24,6 +26,7 @@ def inputs(n: int = 37, v: int = 53, h: int = 16, dtype: torch.dtype = torch.flo
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 3.0)])
 def test_value_and_gradients_equal_the_reference(monkeypatch, bias, scale, softcap):
     monkeypatch.setattr(kernel, "CHUNK_LOGITS", {"cpu": 53 * 5})  # several chunks, the last one not full
+    monkeypatch.setattr(kernel, "FEWEST_ROWS", 1)
     results = []
     for function in (linear_cross_entropy, reference):
         h, w, y, weights, b = inputs(bias=bias)
@@ -40,6 +43,7 @@ def test_value_and_gradients_equal_the_reference(monkeypatch, bias, scale, softc
 @pytest.mark.parametrize("vocabulary", [7, 53, 160])
 def test_the_compiled_softmax_is_as_near_to_float64_as_torchs(monkeypatch, vocabulary, scale, dtype):
     monkeypatch.setattr(kernel, "CHUNK_LOGITS", {"cpu": vocabulary * 5})
+    monkeypatch.setattr(kernel, "FEWEST_ROWS", 1)
     results = []
     for number, choice in ((torch.float64, {}), (dtype, {}), (dtype, {"compiled": True})):
         h, w, y, weights, _ = inputs(v=vocabulary)
@@ -70,6 +74,21 @@ def test_a_target_outside_the_vocabulary_is_refused_before_anything_is_written(t
     y[-1] = target
     with pytest.raises(ValueError, match=r"targets must be in \[0, 53\)"):
         linear_cross_entropy(h, weight, y, weights, compiled=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_what_cannot_be_is_zero(dtype):
+    """Probabilities of e^-69 and less have none, so that no product meets numbers too small for a float's usual form;
+    those of e^-60 keep theirs."""
+    z = torch.tensor([[0.0, -60.0, -100.0] + [-69.5] * 20]).to(dtype)
+    compiled.cross_entropy(z, torch.tensor([0]), torch.ones(1), 1.0, slope=True)
+    assert z[0, 1].item() == pytest.approx(math.exp(-60), rel=1e-2) and not z[0, 2:].any()
+
+
+def test_chunks_of_a_large_vocabulary_are_not_of_a_few_rows():
+    assert [chunk_rows(v, torch.device("cpu")) for v in (1000, 32_000, 151_936)] == [4194, 131, 128]
+    assert chunk_rows(151_936, torch.device("cuda")) == 441
 
 
 def test_by_hand():

@@ -6,6 +6,10 @@
 
 #include <cmath>
 
+// Probabilities below this have the gradient 0: what comes of multiplying with such numbers is too small for the usual
+// form of a float, and the products with them would be many times slower.
+static const float LEAST = 1e-30f;
+
 // losses[i] = weights[i] (log sum exp(scale z[i]) - scale z[i, targets[i]]); where `slope`, z becomes the gradient of
 // their sum. Where a target is outside the row, only `outside` is written: the number of such targets.
 template <class X>
@@ -32,8 +36,15 @@ static void cross_entropy(
         losses[i] = weights[i] * (lse - get(row[targets[i]]) * scale);
         if (!slope) continue;
         const float likely = (exponential(get(row[targets[i]]) * scale - lse) - 1.0f) * factor;
-        for (int64_t j = 0; j < whole; j += LANES) store(row + j, exponentials(load(row + j) * scale - lse) * factor);
-        for (int64_t j = whole; j < width; j++) put(row[j], exponential(get(row[j]) * scale - lse) * factor);
+        const Vector none = {}, least = none + LEAST;
+        for (int64_t j = 0; j < whole; j += LANES) {
+            const Vector p = exponentials(load(row + j) * scale - lse);
+            store(row + j, (p < least ? none : p) * factor);
+        }
+        for (int64_t j = whole; j < width; j++) {
+            const float p = exponential(get(row[j]) * scale - lse);
+            put(row[j], (p < LEAST ? 0.0f : p) * factor);
+        }
         put(row[targets[i]], likely);
     }
 }

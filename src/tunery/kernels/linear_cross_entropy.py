@@ -19,8 +19,11 @@ from torch import Tensor
 
 from tunery.kernels.backends import runs_compiled
 
-# Logits alive at a time: 16 MB in float32 on a CPU, about its cache; 256 MB on a GPU, which wants large products.
+# Logits alive at a time: 16 MB in float32 on a CPU, about its cache; 256 MB on a GPU, which wants large products. Never of
+# fewer than FEWEST_ROWS, though: each chunk reads the whole weight, and of a large vocabulary that takes longer than the
+# arithmetic of a few rows.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
+FEWEST_ROWS = 128
 
 
 class TokenLosses(NamedTuple):
@@ -66,7 +69,7 @@ def linear_token_losses(
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Rows whose logits may be alive at a time."""
-    return max(1, CHUNK_LOGITS["cpu" if device.type == "cpu" else "cuda"] // vocabulary)
+    return max(FEWEST_ROWS, CHUNK_LOGITS["cpu" if device.type == "cpu" else "cuda"] // vocabulary)
 
 
 def reference(*head: Any, **options: Any) -> Tensor:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from tunery.flops import cost_of, flops_per_token
-from tunery.kernels.linear_cross_entropy import CHUNK_LOGITS
+from tunery.kernels.linear_cross_entropy import CHUNK_LOGITS, FEWEST_ROWS
 from tunery.memory import LOW, Profile, Span
 from tunery.models.parts import score_head, unwrap
 from tunery.plan.shadow import Shadow, Stream
@@ -21,7 +21,7 @@ def closed_form(shadow: Shadow, stream: Stream, rung: str, device: str, accumula
     layer = tokens * width * kept_numbers(config)
     kept = {"none": layer, "selective": layer // 2}.get(rung, tokens * shadow.hidden_bytes)
     outputs = config.vocab_size if score_head(shadow.model) is None else 1
-    logits = 3 * 4 * min(CHUNK_LOGITS[device], stream.labelled * outputs)
+    logits = 3 * 4 * min(max(CHUNK_LOGITS[device], FEWEST_ROWS * outputs), stream.labelled * outputs)
     logits += stream.labelled * config.hidden_size * 4
     spans: dict[Any, Span] = {"embed": Span("embed", 0, 0, 0), "head": Span("head", 0, logits, 0)}
     for kind in range(len(shadow.kinds)):
