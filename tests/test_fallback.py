@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from processes import job_file, train_on_two_ranks
+from processes import job_file, runs_on_two_ranks, train_on_two_ranks
 from tiny_runs import final_weights, losses, same, tiny_job, write_rows
 from tunery import fallback, loop
 from tunery.checkpoint import load_state
 from tunery.errors import OutOfMemoryError
 from tunery.evaluate import held_out
 from tunery.fallback import Rung, attempt, out_of_memory, resumed
+from tunery.job import load_job
 from tunery.loop import run_job
 from tunery.models.parts import layer_list
 from tunery.objectives import sft
@@ -327,23 +328,26 @@ class Objective(sft.Objective):
 
 @pytest.fixture
 def two_ranks(tmp_path):
-    """Runs a job of two processes with the objective above: returns (exit status, what it said)."""
+    """A job file with the objective above, which two processes find."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "limited.py").write_text(LIMITED)
     sys.path.insert(0, str(tmp_path))  # the job is checked here before it is written
     path = job_file(tmp_path, objective={"kind": "outside.limited"}, train={"batch_size": 7, "micro_tokens": 300})
     os.environ["PYTHONPATH"] = str(tmp_path)
 
-    yield lambda name, *overrides: train_on_two_ranks(path, f"output={tmp_path / name}", *overrides)
+    yield path
     sys.path.remove(str(tmp_path))
     del os.environ["PYTHONPATH"]
 
 
 @pytest.mark.slow
 def test_two_ranks_fall_together(tmp_path, two_ranks):
-    for name, tokens in (("free", 0), ("limited", 90)):
-        status, text = two_ranks(name, f"objective.tokens={tokens}")
-        assert status == 0, text
+    jobs = [
+        load_job(two_ranks, [f"output={tmp_path / name}", f"objective.tokens={tokens}"])
+        for name, tokens in (("free", 0), ("limited", 90))
+    ]
+    status, text = runs_on_two_ranks(tmp_path, *jobs)
+    assert status == 0, text
     assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "free"), rel=1e-11)
     fallen = fallen_to(tmp_path / "limited")
     assert fallen is not None and fallen["micro_tokens"] <= 90 and fallen_to(tmp_path / "free") is None
@@ -352,7 +356,7 @@ def test_two_ranks_fall_together(tmp_path, two_ranks):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_holds_back_both(tmp_path, two_ranks):
-    status, text = two_ranks("broken", "objective.broken=true")
+    status, text = train_on_two_ranks(two_ranks, f"output={tmp_path / 'broken'}", "objective.broken=true")
     assert status == 1 and "step 1: the loss or gradient is not finite" in text
     kept = load_file(tmp_path / "broken" / "failure-step-1" / "adapter_model.safetensors")
     updates = [value for name, value in kept.items() if "lora_B" in name]
