@@ -1,7 +1,7 @@
 """What torchrun starts for processes.runs_on_two_ranks: ranks that wait for jobs, and run each together.
 
 In the folder they are given, N.json is the next request ({jobs, paths}: what to train one after the other, and where
-else to look for modules); each rank answers with N.RANK, which holds what went wrong, and is empty where nothing did."""
+else to look for modules). Each rank answers with N.RANK, which says what went wrong and is empty where nothing did."""
 
 from __future__ import annotations
 
