@@ -19,9 +19,9 @@ from torch import Tensor
 
 from tunery.kernels.backends import runs_compiled
 
-# Logits alive at a time: 16 MB in float32 on a CPU, about its cache; 256 MB on a GPU, which wants large products. Never
-# those of fewer than FEWEST_ROWS, though: each chunk reads the whole weight, which takes longer than the arithmetic of a
-# few rows where the vocabulary is large.
+# Logits alive at a time: 16 MB in float32 on a CPU, about its cache; 256 MB on a GPU, which wants large products.
+# Never those of fewer than FEWEST_ROWS, though: each chunk reads the whole weight, and where the vocabulary is large
+# that takes longer than the arithmetic of a few rows.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 FEWEST_ROWS = 128
 
