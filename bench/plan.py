@@ -9,7 +9,10 @@
 - memory and time: five jobs on a random Qwen2 of 46.5M parameters, each in a process of its own. `allocated` is the
   highest sum of what torch's profiler saw the CPU allocator hand out and take back, `process` the process's highest
   resident memory in a second run without the profiler. The plan is made beforehand. Time: the plan after `--probe`
-  (three steps) against the steps of a run that follows it."""
+  (three steps) against the steps of a run that follows it.
+
+Writes bench/results/plan_bf16.json or plan_fp32.json, by what this machine trains in, and its section of
+bench/RESULTS.md."""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ from bench.results_page import HERE, described, save_result, write_section
 
 WORDS = ("patient", "tablets", "were", "given", "after", "each", "meal", "for", "three", "weeks", "and", "felt", "well")
 
+
+PRECISIONS = {"bfloat16": "bf16", "float32": "fp32"}  # what a CPU trains in, which depends on its instructions
 
 # ------------------------------------------------------------ arithmetic
 
@@ -207,6 +212,7 @@ def timed(job: Any, read: Any, steps: int) -> dict[str, Any]:
         "unprobed_seconds": expected, "seconds": sum(real.seconds[1:]),
         "planned_seconds": expected * after_probe.seconds_per_step / plan.seconds_per_step,
         "memory": plan.to_dict()["memory"], "micro_tokens": plan.micro_tokens,
+        "dtype": str(planner.dtype).removeprefix("torch."),
     }  # fmt: skip
 
 
@@ -214,6 +220,7 @@ def run_child(job: dict[str, Any], what: str, steps: int) -> dict[str, Any]:
     quiet = {
         "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
         "LRU_CACHE_CAPACITY": "128", "PYTHONWARNINGS": "ignore",
+        "HF_DEACTIVATE_ASYNC_LOAD": "1",  # the profiler sees what the main thread allocates
     }  # fmt: skip
     spec = json.dumps({"job": job, "what": what, "steps": steps})
     done = subprocess.run(
@@ -264,7 +271,7 @@ def job_tables(rows: list[dict[str, Any]]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     return "\n".join([
-        "## The plan against what happens", "", described(result), "",
+        f"## The plan against what happens, in {result['precision']}", "", described(result), "",
         f"Arithmetic of one micro-batch of {sum(LENGTHS)} tokens, {LABELLED} of them trained on, against torch's "
         "FlopCounterMode (taught the products in place and in groups that it passes over). It sees matrix products, "
         "not fused attention; ours on a CPU is made of products in blocks of 64 queries, so the masked part of each "
@@ -272,8 +279,8 @@ def markdown(result: dict[str, Any]) -> str:
         "first layer's input a gradient that is not made.", "",
         *flop_table(result["flops"]), "",
         "Memory at the worst moment: `allocated` by torch's CPU allocator (its profiler's count), and resident in the "
-        "whole `process`. Random Qwen2 of 46.5M parameters in bfloat16, rows of 40 to 400 words, batch 4 (16 in the "
-        "last).", "",
+        "whole `process`. Random Qwen2 of 46.5M parameters, stored in bfloat16, rows of 40 to 400 words, batch 4 (16 in "
+        "the last).", "",
         *job_tables(result["jobs"]), "",
     ])  # fmt: skip
 
@@ -298,9 +305,9 @@ def main() -> None:
             for what in ("allocated", "process", "time"):
                 jobs[-1] |= run_child(job, what, arguments.steps)
             print("\n".join(job_tables(jobs[-1:])))
-    result = {"flops": flops, "jobs": jobs}
-    path = save_result("plan", result)
-    write_section("plan", markdown(json.loads(path.read_text(encoding="utf-8"))))
+    precision = PRECISIONS[jobs[0]["dtype"]]
+    path = save_result(f"plan_{precision}", {"precision": precision, "flops": flops, "jobs": jobs})
+    write_section(f"plan_{precision}", markdown(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
