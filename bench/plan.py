@@ -280,7 +280,7 @@ def markdown(result: dict[str, Any]) -> str:
         *flop_table(result["flops"]), "",
         "Memory at the worst moment: `allocated` by torch's CPU allocator (its profiler's count), and resident in the "
         "whole `process`. Random Qwen2 of 46.5M parameters, stored in bfloat16, rows of 40 to 400 words, batch 4 (16 in "
-        "the last).", "",
+        "the last), loaded by one thread, which is the one that the profiler sees.", "",
         *job_tables(result["jobs"]), "",
     ])  # fmt: skip
 
