@@ -279,8 +279,8 @@ def markdown(result: dict[str, Any]) -> str:
         "first layer's input a gradient that is not made.", "",
         *flop_table(result["flops"]), "",
         "Memory at the worst moment: `allocated` by torch's CPU allocator (its profiler's count), and resident in the "
-        "whole `process`. Random Qwen2 of 46.5M parameters, stored in bfloat16, rows of 40 to 400 words, batch 4 (16 in "
-        "the last), loaded by one thread, which is the one that the profiler sees.", "",
+        "whole `process`. Random Qwen2 of 46.5M parameters, stored in bfloat16, rows of 40 to 400 words, batch 4 (16 "
+        "in the last), loaded by one thread, which is the one that the profiler sees.", "",
         *job_tables(result["jobs"]), "",
     ])  # fmt: skip
 
