@@ -218,8 +218,7 @@ def timed(job: Any, read: Any, steps: int) -> dict[str, Any]:
 
 def run_child(job: dict[str, Any], what: str, steps: int) -> dict[str, Any]:
     quiet = {
-        "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-        "LRU_CACHE_CAPACITY": "128", "PYTHONWARNINGS": "ignore",
+        "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "PYTHONWARNINGS": "ignore",
         "HF_DEACTIVATE_ASYNC_LOAD": "1",  # the profiler sees what the main thread allocates
     }  # fmt: skip
     spec = json.dumps({"job": job, "what": what, "steps": steps})

@@ -148,21 +148,3 @@ def test_an_operation_takes_the_longer_of_its_arithmetic_and_its_bytes():
 def test_a_device_without_a_table_is_measured():
     device = Device("x", "cpu", GIB, 0, 0.0, True, Rates(1, 1, 1, 1, 1, 1, False))
     assert device.rates.low == 1
-
-
-def test_free_memory_counts_files_that_are_only_kept_because_there_is_room(monkeypatch):
-    """A container just after a download: its memory is full of file pages that would go at once. Worked by hand."""
-    from pathlib import Path
-
-    from tunery import host
-
-    files = {
-        "/proc/meminfo": "MemTotal: 200 kB\nMemAvailable:   100000 kB\n",
-        "/sys/fs/cgroup/memory.max": "64000000\n",
-        "/sys/fs/cgroup/memory.current": "62000000\n",
-        "/sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 40000000\nactive_file 5\n",
-    }
-    monkeypatch.setattr(Path, "read_text", lambda self, *_, **__: files[str(self)])
-    assert host.free_memory() == 42_000_000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert host.free_memory() == 102_400_000

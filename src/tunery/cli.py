@@ -15,6 +15,7 @@ import typer
 
 from tunery import __version__
 from tunery.errors import ConfigError, DataError, MissingExtraError, TemplateError, TuneryError
+from tunery.host import keep_few_products, wait_quietly
 
 TRAIN, DATA, USE, OTHER = "Train", "Data and configuration", "Use the result", "Other"
 
@@ -44,13 +45,8 @@ Target = Annotated[str, typer.Argument(help="run folder, adapter folder, model f
 
 def main() -> None:
     """Run a command; errors meant for a person are printed without a traceback."""
-    # Idle OpenMP threads must not spin against other processes; read once, when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    # A CPU's products are compiled for each shape and kept, 1,024 in two places: with streams of ever other lengths
-    # that is a gigabyte, and no faster than with these.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+    wait_quietly()
+    keep_few_products()
     try:
         app()
     except TuneryError as error:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tunery.errors import ConfigError, TuneryError
+from tunery.host import keep_few_products
 
 DTYPES = {
     "float64": torch.float64,
@@ -71,6 +72,7 @@ class Engine:
         from accelerate import PartialState
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        keep_few_products()
         state = PartialState(cpu=not torch.cuda.is_available())
         self.device = torch.device(state.device or "cpu")
         self.rank: int = state.process_index

@@ -1,7 +1,9 @@
-"""What the machine has left."""
+"""What the machine has left, and what a process asks of its CPU's libraries by way of the environment, where the user
+has not said otherwise. Loads nothing, so that a command can ask before torch is there."""
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -21,3 +23,17 @@ def free_memory() -> int | None:
         within = int(limit) - int(used) + (int(cached[1]) if cached else 0)
         free = max(0, within if free is None else min(free, within))
     return free
+
+
+def wait_quietly() -> None:
+    """Idle OpenMP threads must not spin against other processes. Read once, when torch loads."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+def keep_few_products() -> None:
+    """A CPU's products are compiled for each shape and kept, 1,024 of them by oneDNN and as many by torch around it:
+    with streams of ever other lengths that is a gigabyte, and no faster than with these. Read with the first such
+    product."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")

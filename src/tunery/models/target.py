@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunery.config import validate
 from tunery.config_file import read_config
 from tunery.errors import ModelError, TemplateError
+from tunery.host import keep_few_products
 from tunery.models.load import ModelConfig, load_config, load_tokenizer, resolve_name
 from tunery.models.score import HEAD, TASK, has_scores, load_with_head
 
@@ -192,6 +193,7 @@ def load_target(
     from tunery.data.template import load_template, named_templates
     from tunery.models.shared_base import scorer_on
 
+    keep_few_products()
     found = target if isinstance(target, Target) else resolve_target(target)
     check_kind(found, scores)
     where = pick_device(device)
