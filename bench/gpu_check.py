@@ -58,7 +58,7 @@ def _all(device: str) -> Iterator[Check]:
     for dtype in (torch.bfloat16, torch.float32):
         for heads, kv_heads, dim, window in ((8, 2, 128, None), (4, 4, 64, None), (8, 2, 64, 100)):
             yield from _attention(device, dtype, heads, kv_heads, dim, window)
-        for kernel in (_linear_cross_entropy, _norms, _rotary, _gates, _lora):
+        for kernel in (_linear_cross_entropy, _norms, _rotary, _gates, _lora, _gated_lora):
             yield from kernel(device, dtype)
         for method in ("full", "lora"):
             yield from _packed(device, dtype, method)
@@ -204,6 +204,30 @@ def _lora(device: str, dtype: torch.dtype) -> Iterator[Check]:
     for width in widths:
         inputs += [torch.randn(16, hidden, device=device) / hidden**0.5, torch.randn(width, 16, device=device)]
     yield from compared("LoRA, three projections", partial(run, lora_linear), partial(run, reference), inputs, dtype)
+
+
+def _gated_lora(device: str, dtype: torch.dtype) -> Iterator[Check]:
+    """A gated activation as part of the projection behind it, which makes it again in the backward."""
+    from tunery.kernels import swiglu
+    from tunery.kernels.lora import Projection, gated_lora_linear, reference
+
+    rows, hidden, _ = SIZES[device]
+    weight = torch.randn(hidden, hidden, device=device).to(dtype) / hidden**0.5
+
+    def down(x: Tensor, A: Tensor, B: Tensor) -> Projection:
+        return Projection(weight.to(x.dtype), None, A, B, 2.0)
+
+    inputs = [torch.randn(rows, hidden, device=device) for _ in range(2)]
+    inputs += [torch.randn(16, hidden, device=device) / hidden**0.5, torch.randn(hidden, 16, device=device)]
+    for title, activation in (("SwiGLU", "silu"), ("GeGLU", "gelu_tanh")):
+
+        def ours(gate: Tensor, up: Tensor, A: Tensor, B: Tensor, activation: str = activation) -> Tensor:
+            return gated_lora_linear(gate, up, down(gate, A, B), activation)
+
+        def plain(gate: Tensor, up: Tensor, A: Tensor, B: Tensor, activation: str = activation) -> Tensor:
+            return reference(swiglu.reference(gate, up, activation), [down(gate, A, B)])[0]
+
+        yield from compared(f"{title} before LoRA", ours, plain, inputs, dtype)
 
 
 def _packed(device: str, dtype: torch.dtype, method: str) -> Iterator[Check]:

@@ -6,13 +6,11 @@ import atexit
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +68,20 @@ class _Ranks:
         self.asked = 0
         self.log = (self.folder / "log").open("w+", encoding="utf-8")
         script = Path(__file__).with_name("rank_runs.py")
-        self.process = _torchrun(500 + os.getpid() % 500, script, self.folder, stdout=self.log, start_new_session=True)
+        self.environment = dict(os.environ)
+        words = (script, self.folder, os.getpid())
+        self.process = _torchrun(500 + os.getpid() % 500, *words, stdout=self.log)
         atexit.register(self.stop)
 
     def run(self, jobs: Sequence[Path], timeout: float = 240) -> tuple[int, str]:
-        """Exit status and what was said. After anything but 0 these ranks are gone."""
+        """Exit status and what was said. After anything but 0 others are asked the next time."""
         begun = len((self.folder / "log").read_text(encoding="utf-8"))
         number, self.asked = self.asked, self.asked + 1
         paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-        asked = {"jobs": [str(job) for job in jobs], "paths": paths}
+        asked = {
+            "jobs": [str(job) for job in jobs], "paths": paths, "folder": os.getcwd(),
+            "environment": dict(os.environ.items() - self.environment.items()),
+        }  # fmt: skip
         (self.folder / "next").write_text(json.dumps(asked), encoding="utf-8")
         (self.folder / "next").rename(self.folder / f"{number}.json")
         answers = [self.folder / f"{number}.{rank}" for rank in range(2)]
@@ -95,8 +98,8 @@ class _Ranks:
         return int(bool(failed)), said + failed
 
     def stop(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Without torchrun its ranks end themselves, whatever they do."""
+        self.process.kill()
         self.process.wait()
         self.log.close()
         shutil.rmtree(self.folder, ignore_errors=True)

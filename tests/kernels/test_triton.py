@@ -176,8 +176,11 @@ COMPILED: list[tuple[str, dict[str, Any]]] = [
     ("triton_rotary._turn_kernel", {"BACK": True, "HEADS": 8, "BLOCK": 32, "REST": 64}),
     ("triton_swiglu._forward_kernel", {"SILU": True, "BLOCK": 1024}),
     ("triton_swiglu._forward_kernel", {"SILU": False, "BLOCK": 1024}),
-    ("triton_swiglu._backward_kernel", {"SILU": True, "AGAIN": True, "BLOCK": 1024}),
-    ("triton_swiglu._backward_kernel", {"SILU": False, "AGAIN": False, "BLOCK": 1024}),
+    *(
+        ("triton_swiglu._backward_kernel", {"SILU": silu, "AGAIN": again, "BLOCK": 1024})
+        for silu in (True, False)
+        for again in (True, False)
+    ),
 ]
 
 

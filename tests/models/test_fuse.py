@@ -144,6 +144,26 @@ def test_a_switched_off_adapter_is_off():
     assert not torch.allclose(base, trained)
 
 
+def test_of_a_gated_activation_before_an_update_only_its_inputs_are_kept():
+    from torch.autograd.graph import saved_tensors_hooks
+
+    model = lora(tiny_model("llama"))
+    fuse(model, KernelsConfig(), torch.float64)
+    mlp = model.get_base_model().model.layers[0].mlp
+    kept: dict[int, torch.Size] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.shape
+        return tensor
+
+    x = torch.randn(1, 7, SHAPE["hidden_size"], dtype=torch.float64, requires_grad=True)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = mlp(x)
+    assert list(kept.values()).count(torch.Size([7, SHAPE["intermediate_size"]])) == 2  # gate and up, not the product
+    out.sum().backward()
+    assert x.grad is not None
+
+
 def test_dropout_on_the_update_is_left_to_peft():
     """Oracle: the same seed gives the same masks as in PEFT's own forward."""
     results = []

@@ -181,12 +181,14 @@ def test_float16_hardware_computes_in_float32(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "adapter", "longest", "most"),
-    [(64, "lora", 64, 2048), (512, "lora", 64, 2048), (1024, "lora", 64, 512), (4096, "lora", 64, 512),
-     (4096, "lora", 700, 700), (4096, "full", 64, 2048)],
+    ("hidden", "family", "adapter", "longest", "most"),
+    [(64, "llama", "lora", 64, 2048), (512, "llama", "lora", 64, 2048), (1024, "llama", "lora", 64, 512),
+     (4096, "llama", "lora", 64, 512), (4096, "llama", "lora", 700, 700), (4096, "llama", "full", 64, 2048),
+     (4096, "mixtral", "lora", 64, 2048), (4096, "qwen2_moe", "lora", 64, 2048)],
 )  # fmt: skip
-def test_large_frozen_layers_keep_a_cpu_busy_with_fewer_tokens(tmp_path, hidden, adapter, longest, most):
-    job = job_of(tmp_path, adapter=adapter)
+def test_large_frozen_layers_keep_a_cpu_busy_with_fewer_tokens(tmp_path, hidden, family, adapter, longest, most):
+    """But experts share the tokens of a micro-batch."""
+    job = job_of(tmp_path, family, adapter=adapter)
     path = tmp_path / "config.json"
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden if hidden > 512 else hidden}
     path.write_text(json.dumps(json.loads(path.read_text()) | sizes))

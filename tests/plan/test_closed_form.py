@@ -7,7 +7,7 @@ import torch
 
 from plan_jobs import job_of, stream
 from tunery.config import build
-from tunery.plan.closed_form import closed_form
+from tunery.plan.closed_form import closed_form, inner_size
 from tunery.plan.shadow import Shadow, trace
 
 
@@ -21,3 +21,10 @@ def test_the_formula_is_near(tmp_path, adapter, rung):
     assert near.kept == pytest.approx(exact.kept, rel=0.5)
     flops = [sum(flops * often for (_, flops, _), often in p.work().items()) for p in (near, exact)]
     assert flops[0] == pytest.approx(flops[1], rel=0.3)
+
+
+def test_layers_of_several_widths_count_as_the_widest():
+    from transformers import Gemma3nTextConfig, LlamaConfig
+
+    assert inner_size(Gemma3nTextConfig(num_hidden_layers=2, intermediate_size=[40, 48])) == 48
+    assert inner_size(LlamaConfig(intermediate_size=40)) == 40

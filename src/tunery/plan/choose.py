@@ -7,7 +7,7 @@ from tunery.job import Job
 from tunery.models.load import load_config
 from tunery.models.rungs import RUNGS
 from tunery.plan.closed_form import kept_numbers
-from tunery.plan.planner import STEP, Planner, dtype_on, layer_parameters, most_tokens
+from tunery.plan.planner import STEP, Planner, dtype_on, experts_of, layer_parameters, most_tokens
 from tunery.plan.work import Rows
 
 NEARLY = 1.02  # of two times that differ by less, neither is the shorter
@@ -78,8 +78,7 @@ def roughly(job: Job, tokens: int, device: Device) -> int:
     attention that is written out."""
     config = load_config(job.model).get_text_config()
     layers = config.num_hidden_layers
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    parameters = layers * layer_parameters(config, experts) + 2 * config.vocab_size * config.hidden_size
+    parameters = layers * layer_parameters(config, experts_of(config)) + 2 * config.vocab_size * config.hidden_size
     width = dtype_on(job.model.dtype, device).itemsize
     per_layer = width * 2 * kept_numbers(config)
     if getattr(config, "attn_logit_softcapping", None):

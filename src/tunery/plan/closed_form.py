@@ -37,9 +37,15 @@ def closed_form(shadow: Shadow, stream: Stream, rung: str, device: str, accumula
     return Profile(spans, shadow.layers, gradients, shadow.gradient_bytes, accumulates)
 
 
+def inner_size(config: Any) -> int:
+    """Numbers between the two halves of an MLP; of the widest where layers differ (Gemma 3n)."""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return inner if isinstance(inner, int) else max(inner)
+
+
 def kept_numbers(config: Any) -> int:
     """Kept of one token in one layer by eager code."""
     hidden = config.hidden_size
-    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = getattr(config, "moe_intermediate_size", None) or inner_size(config)
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     return 12 * hidden + 4 * inner * chosen

@@ -21,7 +21,7 @@ from tunery.flops import cost_of, flops_per_token
 from tunery.job import Job
 from tunery.memory import Operation, Peak, Profile, TooMany, in_backward
 from tunery.models.load import load_config
-from tunery.plan.closed_form import closed_form
+from tunery.plan.closed_form import closed_form, inner_size
 from tunery.plan.shadow import Shadow, Stream, optimizer_cost, trace
 from tunery.plan.work import Rows, Work, work_of
 
@@ -81,21 +81,28 @@ class Line:
 
 def most_tokens(job: Job, rows: Rows, device: Device) -> int:
     """Tokens of the largest micro-batch that is any use: of the longest example, and as many as keep the device busy.
-    Where the model itself trains, each micro-batch also adds up gradients of its size, so a CPU gets the most."""
+    Where the model itself trains, each micro-batch also adds up gradients of its size, and experts share its tokens; so
+    there a CPU gets the most."""
     if job.train.micro_tokens is not None:
         return job.train.micro_tokens
     enough = ENOUGH[device.kind]
-    if device.kind == "cpu" and not build("adapters", job.adapter).whole:
-        layer = layer_parameters(load_config(job.model).get_text_config())
+    config = load_config(job.model).get_text_config()
+    if device.kind == "cpu" and not build("adapters", job.adapter).whole and experts_of(config) == 1:
+        layer = layer_parameters(config)
         enough = min(enough, max(FEWEST, math.ceil(enough * SMALL_LAYER / layer / STEP) * STEP))
     return max(enough, int(rows.lengths.max()))
+
+
+def experts_of(config: Any) -> int:
+    """Experts of a layer, by a config.json; 1 for a dense model."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next(filter(None, (getattr(config, name, None) for name in names)), 1)
 
 
 def layer_parameters(config: Any, experts: int = 1) -> int:
     """Of attention and a gated MLP, or `experts` of them, by the sizes in a config.json at a glance."""
     hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    return 4 * hidden**2 + 3 * hidden * inner * experts
+    return 4 * hidden**2 + 3 * hidden * inner_size(config) * experts
 
 
 class Planner:
